@@ -1,0 +1,167 @@
+"""The one protocol through which every part reads and writes page blobs.
+
+A `PageBlobStore` is bound to one container. It is narrow on purpose: what is not here, nobody needs. Limits and retries
+are decorators of the same protocol (`limits.py`, `retry.py`), and one conformance suite runs against Azure's client on
+a real emulator and against `MemoryStore`, bare and decorated; so whoever holds a `PageBlobStore` may rely on:
+
+- **Offsets and lengths are bytes** and multiples of 512 (`PAGE_BYTES`) wherever something is written.
+- **A write is durable** when `put_pages` returns. When it raises a `TransientError`, `outcome_is_certain` says whether
+  the write is known *not* to have happened: after an uncertain outcome the same bytes may still land, at any later
+  time.
+- **Fencing**: `FencedError` when a lease is missing, lost or somebody else's, or when the blob's sequence number has
+  reached what `if_sequence_number_lt` allows. The service decides, so a writer that was paused for an hour can't do
+  harm.
+- **Missing things** are a `PermanentError` that `is_missing` recognises.
+
+What is weak: metadata names are case-insensitive on the way (HTTP headers), so they must be lower-case identifiers
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+from replicar.errors import PermanentError
+
+#: The unit of a page blob: offsets, lengths and sizes are multiples of it.
+PAGE_BYTES: Final = 512
+
+#: What `PermanentError.fields["reason"]` says when something is not there.
+BLOB_MISSING: Final = "blob_missing"
+CONTAINER_MISSING: Final = "container_missing"
+
+Pages = bytes | bytearray | memoryview
+#: `(offset, length)`, ascending.
+Ranges = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    """What the service knows of a blob. `last_modified_ns` is whole seconds on Azure; None where it isn't told."""
+
+    name: str
+    size_bytes: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    leased: bool = False
+    last_modified_ns: int | None = None
+
+
+Blobs = list[BlobInfo]
+
+
+class PageBlobStore(Protocol):
+    """One container of page blobs. All methods raise `TransientError` when the service is away, `FencedError`, and
+    `PermanentError` as the module says; only what differs from that is said below."""
+
+    async def ensure_container(self) -> None:
+        """Make the container unless it is there."""
+        ...
+
+    async def container_exists(self) -> bool: ...
+
+    async def create(self, name: str, size_bytes: int, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Make a blob of zeros, only if there is none of that name.
+
+        Raises:
+            ConflictError: there is one already; it is left as it is.
+        """
+        ...
+
+    async def put_pages(
+        self,
+        name: str,
+        offset: int,
+        data: Pages,
+        *,
+        lease_id: str | None = None,
+        if_sequence_number_lt: int | None = None,
+    ) -> None:
+        """Write `data` at `offset`, durable on return. `data` must not change until then; it is not copied here."""
+        ...
+
+    async def clear_pages(self, name: str, offset: int, length: int, *, lease_id: str | None = None) -> None:
+        """Make `length` bytes zeros again and stop being billed for them."""
+        ...
+
+    async def read(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes; any offset and length inside the blob. Past its end is a `PermanentError`."""
+        ...
+
+    async def list(self, prefix: str) -> Blobs:
+        """All blobs whose names begin with `prefix`, sorted by name."""
+        ...
+
+    async def page_ranges(self, name: str) -> Ranges:
+        """`(offset, length)` of what was written, ascending, adjacent ranges merged."""
+        ...
+
+    async def properties(self, name: str) -> BlobInfo: ...
+
+    async def set_metadata(self, name: str, metadata: Mapping[str, str], *, lease_id: str | None = None) -> None:
+        """Replace the blob's metadata as a whole."""
+        ...
+
+    async def bump_sequence_number(self, name: str, *, lease_id: str | None = None) -> int:
+        """Raise the blob's sequence number by one; returns the new one. A new blob has 0."""
+        ...
+
+    async def delete(self, name: str, *, lease_id: str | None = None) -> None:
+        """Remove the blob; a blob that isn't there is fine."""
+        ...
+
+    async def acquire_lease(self, name: str, *, proposed_id: str | None = None) -> str:
+        """Take the blob's infinite lease; returns its id. With `proposed_id` (a UUID), asking again is harmless.
+
+        Raises:
+            FencedError: somebody else holds it.
+        """
+        ...
+
+    async def break_lease(self, name: str) -> None:
+        """End whoever's lease at once; none is fine."""
+        ...
+
+    async def release_lease(self, name: str, lease_id: str) -> None:
+        """Give the lease back. Raises `FencedError` when it was no longer ours."""
+        ...
+
+    def budget_wait_seconds(self, name: str, length: int) -> float:
+        """How long a request of `length` bytes to this blob would have to wait for Azure's limits: 0 when not at all.
+
+        Only a question: nothing is reserved. A writer with several stripe blobs asks it to pick one that needn't wait.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether the error says that a blob (or its container) is not there."""
+    return isinstance(error, PermanentError) and error.fields.get("reason") in (BLOB_MISSING, CONTAINER_MISSING)
+
+
+def outcome_is_certain(error: BaseException) -> bool:
+    """Whether the failed request is known not to have been carried out, now or later. False when nobody knows."""
+    certain = getattr(error, "fields", {}).get("outcome_certain", False)
+    return bool(certain)
+
+
+def merge_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """`(offset, length)` pairs sorted, those that touch or overlap joined. The emulator never joins, Azure may not."""
+    merged: Ranges = []
+    for offset, length in sorted(ranges):
+        if merged and merged[-1][0] + merged[-1][1] >= offset:
+            start, size = merged[-1]
+            merged[-1] = (start, max(size, offset + length - start))
+        else:
+            merged.append((offset, length))
+    return merged

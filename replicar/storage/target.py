@@ -1,0 +1,232 @@
+"""Where page blobs go: the settings of a storage account, checked before anything is sent.
+
+The credential is exactly one of: the account's key, a shared access signature, a connection string. Each may stand in
+the settings (from the environment, say) or, better, in a file that the settings name, since a file can be kept from
+others and does not show in a process's environment. Secrets are `SecretStr`, so neither `repr` nor an error shows them;
+what a file held is read when the store is opened and not kept here.
+
+Settings that can't be honoured are refused with a `PermanentError` that says which and why, never ignored.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random, SystemRandom
+from typing import Annotated, Final, Self
+from urllib.parse import urlsplit
+
+from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from replicar.clock import Clock, SystemClock
+from replicar.errors import PermanentError
+from replicar.storage.azure import AzureBlobStore
+from replicar.storage.limits import LimitedStore
+from replicar.storage.retry import DEFAULT_POLICY, RetryingStore, RetryPolicy
+from replicar.storage.store import PageBlobStore
+
+#: A credential file longer than this is some other file.
+MAX_CREDENTIAL_BYTES: Final = 16 << 10
+_CONTAINER = re.compile(r"[a-z0-9](?:-?[a-z0-9])+")
+_KINDS = ("account_key", "shared_access_signature", "connection_string")
+
+
+@dataclass(frozen=True, slots=True)
+class _Access:
+    url: str
+    credential: AzureNamedKeyCredential | AzureSasCredential
+
+
+class StorageTarget(BaseModel):
+    """One container of one storage account; see the module for the rules."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    container: Annotated[str, Field(description="name of the container that holds the log")]
+    endpoint: Annotated[
+        str | None, Field(description="the account's blob endpoint, e.g. https://NAME.blob.core.windows.net")
+    ] = None
+    account_name: Annotated[str | None, Field(description="the storage account; goes with an account key")] = None
+    account_key: SecretStr | None = None
+    account_key_file: Path | None = None
+    shared_access_signature: SecretStr | None = None
+    shared_access_signature_file: Path | None = None
+    connection_string: SecretStr | None = None
+    connection_string_file: Path | None = None
+    authority_file: Annotated[
+        Path | None, Field(description="PEM certificate(s) to believe instead of the system's; for Azure Stack Hub")
+    ] = None
+    api_version: Annotated[
+        str | None, Field(description="storage API version; 2019-07-07 for Azure Stack Hub, else leave it out")
+    ] = None
+
+    @model_validator(mode="after")
+    def _make_sense(self) -> Self:
+        given = [name for kind in _KINDS for name in (kind, f"{kind}_file") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise PermanentError(
+                "storage: there is no credential" if not given else f"storage: {' and '.join(given)} are both set",
+                hint="set exactly one of account_key_file, shared_access_signature_file and connection_string_file "
+                "(or one of them without _file)",
+            )
+        if len(self.container) > 63 or len(self.container) < 3 or not _CONTAINER.fullmatch(self.container):
+            raise PermanentError(
+                f"storage: {self.container!r} is no container name",
+                hint="use 3 to 63 lower-case letters, digits and single dashes",
+            )
+        if given[0].startswith("connection_string"):
+            if self.endpoint is not None or self.account_name is not None:
+                raise PermanentError(
+                    "storage: the connection string already says endpoint and account name",
+                    hint="remove endpoint and account_name, or use an account key instead",
+                )
+        elif self.endpoint is None:
+            raise PermanentError("storage: endpoint is not set", hint="set it to the account's blob endpoint")
+        else:
+            check_endpoint(self.endpoint)
+            if given[0].startswith("account_key") and not self.account_name:
+                raise PermanentError("storage: an account key needs account_name")
+        return self
+
+    def access(self) -> _Access:
+        """Endpoint and credential, read from the files that the settings name.
+
+        Raises:
+            PermanentError: a file is missing, empty, or does not hold what it should.
+        """
+        kind, secret = self._secret()
+        if kind == "connection_string":
+            return _read_connection_string(secret)
+        url = (self.endpoint or "").rstrip("/")
+        if kind == "shared_access_signature":
+            return _Access(url, AzureSasCredential(secret.lstrip("?")))
+        return _Access(url, _named_key(self.account_name or "", secret))
+
+    def trust(self) -> ssl.SSLContext:
+        """Whom to believe: `authority_file`, else the system's authorities."""
+        if self.authority_file is not None and not self.authority_file.is_file():
+            raise PermanentError(f"storage: there is no authority_file {self.authority_file}")
+        try:
+            context = ssl.create_default_context(cafile=self.authority_file)
+        except (ssl.SSLError, OSError) as error:
+            raise PermanentError(
+                f"storage: authority_file {self.authority_file} holds no readable certificate", hint="it must be PEM"
+            ) from error
+        context.minimum_version = ssl.TLSVersion.TLSv1_2  # what Azure Stack Hub speaks
+        return context
+
+    def _secret(self) -> tuple[str, str]:
+        for kind in _KINDS:
+            direct: SecretStr | None = getattr(self, kind)
+            path: Path | None = getattr(self, f"{kind}_file")
+            if direct is not None:
+                return kind, _filled(direct.get_secret_value(), kind)
+            if path is not None:
+                return kind, _filled(_read_secret(path, f"{kind}_file"), f"{kind}_file {path}")
+        raise AssertionError("a target without a credential was refused when it was made")
+
+
+def open_store(
+    target: StorageTarget,
+    *,
+    clock: Clock | None = None,
+    random: Random | None = None,
+    policy: RetryPolicy = DEFAULT_POLICY,
+) -> PageBlobStore:
+    """The store a part works with: retries around limits around Azure, so that every retry is paced as well.
+
+    Nothing is sent yet; close it (or use it as a context manager) when done.
+
+    Raises:
+        PermanentError: the settings name a file that is missing or holds something else.
+    """
+    clock = clock or SystemClock()
+    access = target.access()
+    try:
+        azure = AzureBlobStore(
+            access.url, target.container, access.credential, trust=target.trust(), api_version=target.api_version
+        )
+    except ValueError as error:
+        raise PermanentError(
+            f"storage: api_version {target.api_version!r} is not known", hint="use one like 2019-07-07, or leave it out"
+        ) from error
+    limited = LimitedStore(azure, clock=clock)
+    return RetryingStore(limited, clock=clock, random=random or SystemRandom(), policy=policy)
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Refuse an endpoint that isn't HTTPS (but for this machine itself), or that carries anything besides its place."""
+    parts = urlsplit(endpoint)
+    if parts.query or parts.fragment or parts.username or parts.password:
+        raise PermanentError(
+            "storage: the endpoint holds more than scheme, host and path",
+            hint="put a shared access signature into shared_access_signature_file, not into the endpoint",
+        )
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise PermanentError(f"storage: {endpoint!r} is no endpoint", hint="it looks like https://NAME.blob.HOST")
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        raise PermanentError(
+            f"storage: {endpoint} would go out unprotected", hint="use https; http is for this machine only"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read_secret(path: Path, name: str) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CREDENTIAL_BYTES + 1)
+    except OSError as error:
+        raise PermanentError(
+            f"storage: can't read {name} {path}: {error.strerror}", hint="check the path and whose file it is"
+        ) from None
+    if len(data) > MAX_CREDENTIAL_BYTES or not data.isascii():
+        raise PermanentError(
+            f"storage: {name} {path} holds no credential", hint="it must hold just the secret, as text"
+        )
+    return data.decode("ascii")
+
+
+def _filled(text: str, what: str) -> str:
+    if not text.strip():
+        raise PermanentError(f"storage: {what} is empty")
+    return text.strip()
+
+
+def _named_key(name: str, key: str) -> AzureNamedKeyCredential:
+    if not re.fullmatch(r"[A-Za-z0-9+/]{4,}={0,2}", key) or len(key) % 4:
+        raise PermanentError(
+            f"storage: the account key of {name} is not base64", hint="copy it whole, as the portal shows it"
+        )
+    return AzureNamedKeyCredential(name, key)
+
+
+def _read_connection_string(text: str) -> _Access:
+    pairs = [part.split("=", 1) for part in text.strip().strip(";").split(";")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise PermanentError("storage: the connection string is not made of NAME=VALUE; pairs")
+    values = {name.strip().lower(): value.strip() for name, value in pairs}
+    account, key, signature = (values.get(name) for name in ("accountname", "accountkey", "sharedaccesssignature"))
+    url = values.get("blobendpoint", "").rstrip("/")
+    if not url and account:
+        scheme = values.get("defaultendpointsprotocol", "https")
+        url = f"{scheme}://{account}.blob.{values.get('endpointsuffix', 'core.windows.net')}"
+    if not url:
+        raise PermanentError("storage: the connection string names neither BlobEndpoint nor AccountName")
+    check_endpoint(url)
+    if bool(account and key) == bool(signature):
+        raise PermanentError(
+            "storage: the connection string must hold either AccountName and AccountKey or SharedAccessSignature"
+        )
+    if signature:
+        return _Access(url, AzureSasCredential(signature.lstrip("?")))
+    return _Access(url, _named_key(account or "", key or ""))

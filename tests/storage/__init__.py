@@ -1,0 +1,1 @@
+"""The page-blob client: one conformance suite for all stores, and what its decorators add."""
