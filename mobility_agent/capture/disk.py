@@ -1,0 +1,138 @@
+"""A protected disk: a file or block device that is read and written in place, and never cached here.
+
+The agent keeps no copy of it and no state about it beyond its size; what is written goes straight to the kernel, and a
+`flush` means that the kernel has put it down durably.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from replicar.errors import PermanentError
+from replicar.formats.frame import MAX_DISK_BYTES, SECTOR_BYTES, Buffer
+
+_KEEP_SIZE_PUNCH_HOLE: Final = 0x01 | 0x02
+_ZERO_PIECE: Final = bytes(1 << 20)
+#: A file system or device that can't punch holes answers with one of these; zeros are written instead.
+_CANNOT_PUNCH: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class Disk:
+    """One disk of the machine, opened for reading and writing.
+
+    `watch` lets a background reader learn whether a range was written while it was being read: set `watch_start` and
+    `watch_end`, and look at `watch_hit` afterwards. Writers (capture) set it; both run on one thread.
+
+    Args:
+        index: its number in descriptors.
+        name: the operator's name for it.
+        path: a block device or a file whose size is a whole number of sectors.
+
+    Raises:
+        PermanentError: it is missing, can't be opened, or has a size that no disk has.
+    """
+
+    def __init__(self, index: int, name: str, path: Path) -> None:
+        self.index = index
+        self.name = name
+        self.path = path
+        self.watch_start = self.watch_end = 0
+        self.watch_hit = False
+        try:
+            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise PermanentError(
+                f"disk {name} ({path}) can't be opened: {error.strerror}",
+                hint="check the path and that the agent may read and write it",
+                disk=name,
+                path=str(path),
+            ) from None
+        try:
+            self.size_bytes = _size_bytes(self.fd, name, path)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = os.pread(self.fd, length, offset)
+        if len(data) != length:
+            raise OSError(errno.EIO, f"disk {self.name} gave {len(data)} of {length} bytes at {offset}")
+        return data
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` with the bytes at `offset`."""
+        done = 0
+        while done < len(target):
+            count = os.preadv(self.fd, [target[done:]], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, f"disk {self.name} ends at {offset + done}")
+            done += count
+
+    def write(self, offset: int, data: Buffer) -> None:
+        done = os.pwrite(self.fd, data, offset)
+        while done < len(data):  # a short write is legal; the rest says why
+            done += os.pwrite(self.fd, memoryview(data)[done:], offset + done)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeros, giving its space back where that is possible."""
+        if _libc.fallocate(self.fd, _KEEP_SIZE_PUNCH_HOLE, offset, length) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in _CANNOT_PUNCH:
+            raise OSError(code, os.strerror(code))
+        end = offset + length
+        while offset < end:
+            piece = _ZERO_PIECE[: end - offset]
+            self.write(offset, piece)
+            offset += len(piece)
+
+    def flush(self) -> None:
+        os.fdatasync(self.fd)
+
+    def data_end(self, offset: int) -> tuple[int, bool]:
+        """How far the range from `offset` on is alike: (its end, whether it holds data). Holes read as zeros."""
+        try:
+            data = os.lseek(self.fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                return self.size_bytes, False
+            return self.size_bytes, True  # a device that does not know of holes
+        if data > offset:
+            return min(data, self.size_bytes), False
+        return min(os.lseek(self.fd, offset, os.SEEK_HOLE), self.size_bytes), True
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _size_bytes(fd: int, name: str, path: Path) -> int:
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise PermanentError(f"disk {name} ({path}) is neither a file nor a block device", disk=name, path=str(path))
+    size = os.lseek(fd, 0, os.SEEK_END)
+    if size == 0 or size % SECTOR_BYTES or size >= MAX_DISK_BYTES:
+        raise PermanentError(
+            f"disk {name} ({path}) has {size} bytes, which is no whole number of sectors of {SECTOR_BYTES}",
+            hint=f"grow it to a multiple of {SECTOR_BYTES}, for example with `truncate -s %{SECTOR_BYTES} {path}`",
+            disk=name,
+            path=str(path),
+            size_bytes=size,
+        )
+    return size

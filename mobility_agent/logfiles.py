@@ -1,0 +1,152 @@
+"""The row of files that a change log is: oldest first, the last one active, all of one size, bounded in number.
+
+A file whose frames are all in storage is given back: kept as a spare (its blocks are allocated already) or removed.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections import deque
+from pathlib import Path
+from typing import Final
+
+from mobility_agent.logfile import LogFile
+from replicar.clock import Clock
+from replicar.errors import ConflictError, LimitError
+from replicar.formats import changelog, frame
+
+#: What `take` returns at most, unless one frame alone is more.
+TAKE_BYTES: Final = 1 << 20
+_KEPT_SPARES: Final = 2
+
+
+class LogFiles:
+    """The files of one directory.
+
+    Args:
+        limit_bytes: of all files together; at least two files.
+
+    Raises:
+        LimitError: the limit can't be honoured.
+    """
+
+    def __init__(
+        self, directory: Path, machine_id: uuid.UUID, *, file_bytes: int, limit_bytes: int, clock: Clock
+    ) -> None:
+        if file_bytes < changelog.MIN_FILE_BYTES or limit_bytes < 2 * file_bytes:
+            raise LimitError(
+                f"a change log of {limit_bytes} bytes in files of {file_bytes}",
+                hint=f"journal_bytes must hold two files, and a file {changelog.MIN_FILE_BYTES} bytes",
+            )
+        self._directory = directory
+        self._machine_id = machine_id
+        self._file_bytes = file_bytes
+        self._max_files = limit_bytes // file_bytes
+        self._clock = clock
+        self._files: deque[LogFile] = deque()
+        self._spares: list[Path] = []
+
+    @property
+    def active(self) -> LogFile:
+        """The file that is filled. There is one once `make_room` said so."""
+        return self._files[-1]
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(file.sealed_end - changelog.FRAMES_OFFSET for file in self._files)
+
+    @property
+    def limit_bytes(self) -> int:
+        return self._max_files * (self._file_bytes - changelog.FRAMES_OFFSET)
+
+    @property
+    def first_sequence(self) -> int | None:
+        """The oldest sequence held; None without files."""
+        return self._files[0].first_sequence if self._files else None
+
+    def recover(self, *, trust_staging: bool) -> tuple[int, int, bool]:
+        """Open what is in the directory.
+
+        Returns:
+            The sequence that follows the last frame (0 without any), that frame's time, and whether every file ended
+            as a file ends: False if something that looked like a frame was damaged.
+
+        Raises:
+            ConflictError: a file is another machine's.
+            CorruptionError: a file's header is damaged.
+        """
+        sound = True
+        for path in sorted(self._directory.glob("*.hrl")):
+            file, found = LogFile.open(path, trust_staging=trust_staging)
+            if file.header.machine_id != self._machine_id:
+                raise ConflictError(
+                    f"the change log {path} is machine {file.header.machine_id}'s, not {self._machine_id}'s",
+                    hint="give each machine a state directory of its own",
+                    ours=str(self._machine_id),
+                    theirs=str(file.header.machine_id),
+                )
+            sound = sound and found.torn is None
+            self._files.append(file)
+        self._files = deque(sorted(self._files, key=lambda file: file.first_sequence))
+        for path in self._directory.glob("*.spare"):
+            path.unlink()
+        return max((file.next_sequence for file in self._files), default=0), self._last_time_ns(), sound
+
+    def take(self, sequence: int) -> memoryview | None:
+        """Sealed frames, back to back, from the one that holds `sequence` on; None if it is not sealed yet.
+
+        Where numbers were skipped (after a power cut), the next frame there is.
+        """
+        for file in self._files:
+            if sequence < file.next_sequence:
+                return file.frames_from(max(sequence, file.first_sequence), TAKE_BYTES)
+        return None
+
+    def make_room(self, next_sequence: int, wanted: int) -> bool:
+        """Have an active file with room for a frame of `wanted` bytes; False when the limit (or the disk) is full."""
+        if self._files:
+            active = self._files[-1]
+            follows = active.next_sequence == next_sequence
+            if follows and len(active.data) - active.sealed_end >= wanted:
+                return True
+            if len(self._files) >= self._max_files:
+                return False
+        path = self._directory / f"changes-{next_sequence:016x}.hrl"
+        if self._spares:
+            os.replace(self._spares.pop(), path)
+        try:
+            created = LogFile.create(path, self._machine_id, next_sequence, self._file_bytes, self._clock.now_ns())
+        except LimitError:
+            return False  # the file system is full: the same as a full log, and the ladder says so
+        self._files.append(created)
+        return True
+
+    def trim(self, stored_sequence: int) -> None:
+        """Give back the files that hold nothing behind `stored_sequence`; the active one stays."""
+        while len(self._files) > 1 and self._files[0].next_sequence <= stored_sequence + 1:
+            file = self._files.popleft()
+            file.close()
+            if len(self._spares) < _KEPT_SPARES:
+                spare = file.path.with_suffix(".spare")
+                os.replace(file.path, spare)
+                self._spares.append(spare)
+            else:
+                os.unlink(file.path)
+
+    def dirty(self) -> list[LogFile]:
+        """The files that something was sealed in since they were last synced."""
+        return [file for file in self._files if file.dirty]
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        self._files.clear()
+
+    def _last_time_ns(self) -> int:
+        for file in reversed(self._files):
+            if file.next_sequence > file.first_sequence:
+                last = file.frames_from(file.next_sequence - 1, 0)
+                found = frame.read_frame(last) if last is not None else None
+                return int(found.table["time_ns"][-1]) if found is not None else 0
+        return 0

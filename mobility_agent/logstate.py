@@ -1,0 +1,67 @@
+"""What the agent must remember about its change log besides the frames: one mapped page, changed in place.
+
+`reserved_sequence`: every sequence number ever given out is below it, durably. After a power cut the log's tail may be
+gone although its frames were sent; going on at the reserved number, with a gap, never gives a number twice.
+`gap_open`: order is not known just now. Set before the gap begins and cleared after it ended, so that a process that
+dies in between opens the gap again, which is always allowed.
+`boot_id` and `clean`: whether the operating system restarted since, and whether the agent had stopped in good order.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from replicar.errors import CorruptionError
+
+_MAGIC: Final = b"RPSTATE\x01"
+_PAGE: Final = 4096
+_STATE = struct.Struct("<8sQBB6x16s")
+#: Numbers are reserved this many at a time: one durable write every 4,294,967,296 descriptors.
+RESERVE_STEP: Final = 1 << 32
+
+
+class LogState:
+    """The page, read at the start and written through on every change."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.is_new = os.fstat(self._fd).st_size < _PAGE
+        if self.is_new:
+            os.ftruncate(self._fd, _PAGE)
+        self._page = mmap.mmap(self._fd, _PAGE)
+        self.reserved_sequence, self.gap_open, self.clean, self.boot_id = 0, False, False, bytes(16)
+        if not self.is_new:
+            self._load(path)
+
+    def save(self, *, durable: bool = False) -> None:
+        """Write the fields into the page; with `durable`, return only when the disk has them.
+
+        One store of 48 bytes; torn by a power cut it fails its checksum and the agent starts as after a lost log.
+        """
+        body = _STATE.pack(_MAGIC, self.reserved_sequence, self.gap_open, self.clean, self.boot_id)
+        self._page[: len(body) + 8] = body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+        if durable:
+            os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        self._page.close()
+        os.close(self._fd)
+
+    def _load(self, path: Path) -> None:
+        body = self._page[: _STATE.size]
+        (checksum,) = struct.unpack_from("<Q", self._page, _STATE.size)
+        magic, reserved, gap_open, clean, boot_id = _STATE.unpack(body)
+        if magic != _MAGIC or checksum != xxhash.xxh3_64_intdigest(body):
+            self.close()
+            raise CorruptionError(
+                f"the agent's log state {path} is damaged",
+                hint="enrol this machine again under its name: it keeps its identity and is compared in full",
+                path=str(path),
+            )
+        self.reserved_sequence, self.gap_open, self.clean, self.boot_id = reserved, bool(gap_open), bool(clean), boot_id

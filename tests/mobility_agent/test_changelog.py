@@ -1,0 +1,239 @@
+"""The change log over deaths: of the process, of the machine, of the files' tails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from mobility_agent.changelog import ChangeLog
+from mobility_agent.logstate import RESERVE_STEP
+from replicar.errors import ConflictError, CorruptionError, LimitError, ReplicarError
+from replicar.formats import record
+from replicar.formats.changelog import FRAMES_OFFSET
+from replicar.formats.frame import Kind
+from simulator.nbd_client import NbdClient
+from tests.mobility_agent.core import FILE_BYTES, MACHINE, MIB, agent_core, frames_of, gap_flags, open_log, replay
+
+
+def _mark(log: ChangeLog, name: str) -> int:
+    return log.append_record(Kind.MARK, record.Mark(name))
+
+
+async def _write_until_killed(directory: Path, seconds: float, seed: int) -> list[tuple[int, bytes]]:
+    """Serve in a process, write through it, SIGKILL it; the acknowledged writes in order."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.mobility_agent.killable", str(directory)), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"serving\n"
+    draw, acknowledged = random.Random(seed), list[tuple[int, bytes]]()
+
+    async def write(client: NbdClient, lane: int) -> None:
+        while True:  # each lane has a part of the disk to itself, so the order of acknowledgements is the order there
+            offset = lane * 2 * MIB + draw.randrange(0, 2 * MIB - 65536, 512)
+            content = draw.randbytes(draw.choice((512, 4096, 65536)))
+            await client.write(offset, content)
+            acknowledged.append((offset, content))
+
+    client = await NbdClient.connect(directory / "nbd")
+    lanes = [asyncio.create_task(write(client, lane)) for lane in range(4)]
+    await asyncio.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    await process.wait()
+    results = await asyncio.gather(*lanes, return_exceptions=True)
+    assert all(isinstance(result, ReplicarError) for result in results), results
+    return acknowledged
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_killed_agent_loses_nothing_acknowledged_and_agrees_with_its_disk(tmp_path: Path, seed: int) -> None:
+    for round_number in range(2):
+        acknowledged = await _write_until_killed(tmp_path, 0.05 + seed * 0.09 + round_number * 0.03, seed)
+        assert acknowledged
+        log = open_log(tmp_path / "log", limit_bytes=256 * MIB)
+        assert log.survived
+        replayed = replay(frames_of(log), 8 * MIB)
+        newest = bytearray(replayed)
+        for offset, content in acknowledged:
+            newest[offset : offset + len(content)] = content
+        # An unacknowledged write may have landed on top, so compare only what nothing else may have touched: sectors
+        # where the acknowledged content differs must be covered by a later, logged write.
+        tail = frames_of(log)[-1]
+        touched = {offset for offset, *_ in tail.table.tolist()}
+        differing = [i for i in range(0, 8 * MIB, 512) if newest[i : i + 512] != replayed[i : i + 512]]
+        assert all(any(start <= i < start + 65536 for start in touched) for i in differing)
+        log.abandon()
+        async with agent_core(tmp_path, limit_bytes=256 * MIB) as core:  # the redo happens here
+            assert replay(frames_of(core.log), 8 * MIB) == core.disk.path.read_bytes()
+
+
+def test_sequences_go_on_where_they_were(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    assert [_mark(log, "a"), _mark(log, "b")] == [1, 2]
+    log.abandon()
+    log = open_log(tmp_path)
+    assert _mark(log, "c") == 3
+    assert [frame.header.first_sequence for frame in frames_of(log)] == [1, 2, 3]
+    log.abandon()
+
+
+async def test_a_clean_stop_before_a_reboot_is_trusted(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    _mark(log, "a")
+    await log.close()
+    log = open_log(tmp_path, boot_id=b"another boot".ljust(16))
+    assert log.survived
+    assert _mark(log, "b") == 2
+    log.abandon()
+
+
+async def test_after_a_power_cut_numbers_are_never_given_twice_and_everything_is_compared(tmp_path: Path) -> None:
+    async with agent_core(tmp_path) as core:
+        core.ladder.regions[0].clear(0, core.disk.size_bytes)
+        core.ladder.close_gap()
+        async with await NbdClient.connect(core.socket) as client:
+            await client.write(0, b"w" * 4096)
+        core.log.seal()
+        sent = core.log.next_sequence  # frames may have been sent up to here
+        core.log.state.clean = False
+        core.log.state.save()
+        file = next((tmp_path / "log").glob("*.hrl"))
+        image = file.read_bytes()
+        state = (tmp_path / "log" / "state").read_bytes()
+    file.write_bytes(image[: FRAMES_OFFSET + 100].ljust(len(image), b"\0"))  # the tail never reached the disk
+    (tmp_path / "log" / "state").write_bytes(state)
+    async with agent_core(tmp_path, boot_id=b"after the cut".ljust(16)) as core:
+        assert not core.log.survived
+        assert core.log.next_sequence > RESERVE_STEP > sent
+        assert core.ladder.dirty_bytes == core.disk.size_bytes
+        assert core.ladder.in_gap
+        first = frames_of(core.log)[0]
+        assert first.header.first_sequence > sent
+        assert first.table["kind"][0] == Kind.DISK
+
+
+def test_a_damaged_frame_on_the_same_boot_is_not_trusted_either(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    for name in "abc":
+        _mark(log, name)
+    log.abandon()
+    file = next(tmp_path.glob("*.hrl"))
+    data = bytearray(file.read_bytes())
+    data[FRAMES_OFFSET + 200] ^= 1
+    file.write_bytes(data)
+    log = open_log(tmp_path)
+    assert not log.survived
+    assert log.state.gap_open
+    assert _mark(log, "d") > RESERVE_STEP
+    log.abandon()
+
+
+def test_another_machines_log_is_refused(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    _mark(log, "a")
+    log.abandon()
+    file = next(tmp_path.glob("*.hrl"))
+    data = file.read_bytes().replace(MACHINE.bytes, bytes(15) + b"\x08")
+    file.write_bytes(data)
+    with pytest.raises((ConflictError, CorruptionError)):
+        open_log(tmp_path)
+
+
+def test_a_damaged_state_page_says_what_to_do(tmp_path: Path) -> None:
+    open_log(tmp_path).abandon()
+    state = bytearray((tmp_path / "state").read_bytes())
+    state[10] ^= 1
+    (tmp_path / "state").write_bytes(state)
+    with pytest.raises(CorruptionError, match="enrol this machine again"):
+        open_log(tmp_path)
+
+
+def test_a_limit_that_cannot_be_honoured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LimitError, match="journal_bytes"):
+        open_log(tmp_path, limit_bytes=FILE_BYTES)
+
+
+def test_files_are_given_back_when_stored_and_stay_within_the_limit(tmp_path: Path) -> None:
+    log = open_log(tmp_path, limit_bytes=4 * FILE_BYTES)
+    for round_number in range(40):
+        appended = log.append_copy(Kind.WRITE, 0, round_number * MIB, MIB, os.urandom(MIB))
+        if not appended:
+            log.trim(log.next_sequence - 1)
+            assert log.append_copy(Kind.WRITE, 0, round_number * MIB, MIB, os.urandom(MIB))
+        held = sum(path.stat().st_size for path in tmp_path.iterdir() if path.suffix in (".hrl", ".spare"))
+        assert held <= 6 * FILE_BYTES
+    assert log.first_sequence > 1
+    log.abandon()
+
+
+def test_a_reused_file_is_not_read_beyond_its_new_frames(tmp_path: Path) -> None:
+    log = open_log(tmp_path, limit_bytes=2 * FILE_BYTES)
+    for number in range(14):
+        if not log.append_copy(Kind.WRITE, 0, number * MIB, MIB, os.urandom(MIB)):
+            log.trim(log.next_sequence - 1)
+    held = [frame.header.first_sequence for frame in frames_of(log)]
+    log.abandon()
+    again = open_log(tmp_path, limit_bytes=2 * FILE_BYTES)
+    assert again.survived
+    assert [frame.header.first_sequence for frame in frames_of(again)] == held
+    again.abandon()
+
+
+async def test_a_gap_that_was_open_when_the_agent_died_is_opened_again(tmp_path: Path) -> None:
+    async with agent_core(tmp_path) as core:
+        assert core.ladder.in_gap
+    async with agent_core(tmp_path) as core:
+        assert core.ladder.in_gap
+        assert len(gap_flags(frames_of(core.log))) == 2
+
+
+async def test_initial_replication_resumes_where_it_was(tmp_path: Path) -> None:
+    content = random.Random(9).randbytes(8 * MIB)
+    (tmp_path / "disk.img").write_bytes(content)
+    async with agent_core(tmp_path) as core:
+        seeding = asyncio.create_task(core.seeder.run())
+        while core.ladder.dirty_bytes > 4 * MIB:
+            await asyncio.sleep(0)
+        seeding.cancel()
+        await asyncio.gather(seeding, return_exceptions=True)
+        left = core.ladder.dirty_bytes
+        assert 0 < left <= 4 * MIB
+    async with agent_core(tmp_path) as core:
+        assert core.ladder.dirty_bytes == left
+        seeding = asyncio.create_task(core.seeder.run())
+        while core.ladder.in_gap:
+            await asyncio.sleep(0.01)
+        seeding.cancel()
+        await asyncio.gather(seeding, return_exceptions=True)
+        assert core.seeder.copied_bytes == left
+        assert replay(frames_of(core.log), 8 * MIB) == content
+
+
+async def test_initial_replication_beside_live_writes_ends_with_the_disks_content(tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(random.Random(4).randbytes(4 * MIB) + bytes(4 * MIB))
+    async with agent_core(tmp_path, limit_bytes=256 * MIB) as core, await NbdClient.connect(core.socket) as client:
+        seeding = asyncio.create_task(core.seeder.run())
+        draw = random.Random(11)
+        while core.ladder.in_gap:
+            for _ in range(5):
+                await client.write(draw.randrange(0, 8 * MIB - 65536, 512), draw.randbytes(draw.choice((512, 65536))))
+        seeding.cancel()
+        await asyncio.gather(seeding, return_exceptions=True)
+        core.log.seal()
+        assert replay(frames_of(core.log), 8 * MIB) == core.disk.path.read_bytes()
+
+
+async def test_holes_cost_a_record_each_and_not_their_size(tmp_path: Path) -> None:
+    async with agent_core(tmp_path, disk_bytes=512 * MIB, limit_bytes=8 * MIB) as core:
+        seeding = asyncio.create_task(core.seeder.run())
+        while core.ladder.in_gap:
+            await asyncio.sleep(0.01)
+        seeding.cancel()
+        await asyncio.gather(seeding, return_exceptions=True)
+        assert core.log.used_bytes < 4096
