@@ -1,0 +1,168 @@
+"""The HTTP side: routes with the roles that may use them, who is asking, and errors as JSON with a status.
+
+One port serves all. The connection is TLS 1.3 with an *optional* client certificate, since a part that is to be
+enrolled has none; every route but those two demands one, of a role that may use it, of a party the registry knows.
+
+An error travels as `ReplicarError.as_dict()`. Its status is its field `status` where it has one, or follows from its
+class; `Retry-After` says when to come back where that is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+from aiohttp import web
+
+from config_server import parties
+from config_server.bells import Bells
+from config_server.enrolment import AttemptLimit
+from config_server.parties import Party
+from config_server.registry import RegistryThread
+from config_server.vault import Vault
+from replicar.clock import Clock
+from replicar.control.identity import Role
+from replicar.control.messages import API_PREFIX, MAX_REQUEST_BYTES, Message
+from replicar.errors import (
+    ConflictError,
+    CorruptionError,
+    FencedError,
+    LimitError,
+    PermanentError,
+    ReplicarError,
+    TransientError,
+)
+from replicar.tls import peer_identity
+
+_STATUS: Final[tuple[tuple[type[ReplicarError], int], ...]] = (
+    (TransientError, 503),
+    (FencedError, 403),
+    (ConflictError, 409),
+    (LimitError, 429),
+    (CorruptionError, 500),
+    (PermanentError, 400),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What handlers work on."""
+
+    vault: Vault
+    registry: RegistryThread
+    bells: Bells
+    clock: Clock
+    heartbeat_seconds: float
+    attempts: AttemptLimit = field(default_factory=AttemptLimit)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request: its body (bounded), its path and query, and who asks (None on the public routes)."""
+
+    body: bytes
+    names: dict[str, str]
+    query: dict[str, str]
+    address: str
+    party: Party | None
+
+    def asking(self) -> Party:
+        assert self.party is not None, "this route has roles"
+        return self.party
+
+
+Handler: TypeAlias = Callable[[Context, Call], Awaitable[Message]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A way in; `roles` None means public."""
+
+    method: str
+    path: str
+    handler: Handler
+    roles: frozenset[Role] | None
+
+
+def application(context: Context, routes: Iterable[Route]) -> web.Application:
+    """The routes as an aiohttp application; long polls end when it shuts down."""
+    app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[_errors])
+    for route in routes:
+        app.router.add_route(route.method, API_PREFIX + route.path, _handler(context, route))
+
+    async def end_polls(_: web.Application) -> None:
+        context.bells.close()
+
+    app.on_shutdown.append(end_polls)
+    return app
+
+
+async def hold(bell: asyncio.Event, seconds: float) -> bool:
+    """Wait for a bell, at most for `seconds`; whether it rang. A held request costs a timer and an event."""
+    try:
+        async with asyncio.timeout(seconds):
+            await bell.wait()
+    except TimeoutError:
+        return False
+    bell.clear()
+    return True
+
+
+def _handler(context: Context, route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        party = None
+        if route.roles is not None:
+            party = await _authorised(context, request, route.roles)
+        call = Call(
+            body=await request.read(),
+            names=dict(request.match_info),
+            query=dict(request.query),
+            address=request.remote or "",
+            party=party,
+        )
+        reply = await route.handler(context, call)
+        return web.Response(body=reply.to_json(), content_type="application/json")
+
+    return handle
+
+
+async def _authorised(context: Context, request: web.Request, roles: frozenset[Role]) -> Party:
+    transport = request.transport
+    peer = peer_identity(transport.get_extra_info("ssl_object") if transport is not None else None)
+    if peer.role not in roles:
+        raise PermanentError(
+            f"a {peer.role} may not {request.method} {request.path}",
+            hint=f"use the identity of: {', '.join(sorted(roles))}",
+            status=403,
+        )
+    return await context.registry.run(lambda connection: parties.authorise(connection, peer))
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ReplicarError as error:
+        return _answer(error)
+    except web.HTTPRequestEntityTooLarge:
+        return _answer(
+            LimitError(f"a request of more than {MAX_REQUEST_BYTES} bytes", hint="report less at once", status=413)
+        )
+    except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
+        hint = "the two parts may be of different versions: compare `--version` on both"
+        return _answer(
+            PermanentError(f"no {request.method} {request.path} in this API", hint=hint, status=error.status_code)
+        )
+
+
+def _answer(error: ReplicarError) -> web.Response:
+    status = error.fields.get("status") or next(code for cls, code in _STATUS if isinstance(error, cls))
+    retry = getattr(error, "retry_after_seconds", None) or error.fields.get("retry_after_seconds")
+    headers = {"Retry-After": str(int(retry))} if retry else None
+    body = json.dumps(error.as_dict(), default=str).encode()
+    return web.Response(status=status, body=body, content_type="application/json", headers=headers)

@@ -1,0 +1,247 @@
+"""Machines and process servers: what they report, who serves whom, what each is to do; functions on a transaction.
+
+Instructions are computed from the registry, whole, each time; their `version` is a digest of what they say, so that a
+long poll knows news from repetition without anybody keeping count.
+
+How far a machine is *stored* never goes back here, whatever is reported: recovery takes it as the place up to which the
+log must be whole, and that is how it would notice a log that was cut short.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import sqlite3
+import uuid
+from typing import Final
+
+from config_server import parties, points
+from config_server.parties import Party
+from config_server.vault import Vault
+from replicar.control.messages import (
+    AgentAssignment,
+    AgentHeartbeat,
+    AgentInstructions,
+    MachineKey,
+    ProcessServerAssignment,
+    ProcessServerHeartbeat,
+    ProcessServerInstructions,
+)
+from replicar.errors import PermanentError
+
+#: Three of the longest polls: who was not heard of for so long is away.
+LIVE_SECONDS: Final = 90
+FIRST_EPOCH: Final = 1
+
+MACHINES: Final = (
+    "SELECT machines.*, parties.name, parties.incarnation, parties.removed_ns, servers.name AS server_name"
+    " FROM machines JOIN parties ON parties.id = machines.id"
+    " LEFT JOIN parties AS servers ON servers.id = machines.process_server_id"
+)
+
+
+def record_agent(connection: sqlite3.Connection, machine_id: uuid.UUID, heartbeat: AgentHeartbeat, now_ns: int) -> None:
+    """Keep an agent's report."""
+    report = heartbeat.model_dump_json(exclude={"marks", "gaps", "refusals", "wait_seconds", "known_version"})
+    connection.execute(
+        "UPDATE machines SET report = ?, heartbeat_ns = ? WHERE id = ?", (report, now_ns, str(machine_id))
+    )
+    points.record_marks(connection, machine_id, heartbeat.marks, machine_row(connection, machine_id)["stored_sequence"])
+    points.record_stored(connection, machine_id, heartbeat.stored_sequence)
+    points.record_gaps(connection, machine_id, heartbeat.gaps)
+    points.record_refusals(connection, machine_id, heartbeat.refusals)
+
+
+def agent_instructions(
+    connection: sqlite3.Connection, machine_id: uuid.UUID, heartbeat_seconds: float
+) -> AgentInstructions:
+    """What an agent is to do now."""
+    row = connection.execute(
+        "SELECT machines.epoch, process_servers.* FROM machines"
+        " JOIN process_servers ON process_servers.id = machines.process_server_id WHERE machines.id = ?",
+        (str(machine_id),),
+    ).fetchone()
+    assignment = None
+    if row is not None:
+        assignment = AgentAssignment(
+            epoch=row["epoch"], process_server_id=uuid.UUID(row["id"]), host=row["host"], port=row["port"]
+        )
+    commands = points.pending(connection, machine_id)
+    version = _version([assignment.model_dump(mode="json") if assignment else None, [c.id for c in commands]])
+    return AgentInstructions(
+        assignment=assignment, commands=commands, heartbeat_seconds=heartbeat_seconds, version=version
+    )
+
+
+def record_process_server(
+    connection: sqlite3.Connection, server_id: uuid.UUID, heartbeat: ProcessServerHeartbeat, now_ns: int
+) -> tuple[frozenset[uuid.UUID], bool]:
+    """Keep a process server's report; what it says of machines that are not its own (any more) is left out.
+
+    Returns the machines it reported on, and whether it moved to another address.
+    """
+    before = connection.execute("SELECT host, port FROM process_servers WHERE id = ?", (str(server_id),)).fetchone()
+    connection.execute(
+        "INSERT INTO process_servers VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET host = excluded.host,"
+        " port = excluded.port, cache_bytes = excluded.cache_bytes, cache_bytes_free = excluded.cache_bytes_free,"
+        " heartbeat_ns = excluded.heartbeat_ns",
+        (
+            str(server_id),
+            heartbeat.host,
+            heartbeat.port,
+            heartbeat.cache_bytes,
+            heartbeat.cache_bytes_free,
+            now_ns,
+        ),
+    )
+    reported = []
+    for progress in heartbeat.machines:
+        mine = (str(progress.machine_id), str(server_id))
+        done = connection.execute(
+            "UPDATE machines SET received_sequence = ?, bytes_received = ?, bytes_stored = ?"
+            " WHERE id = ? AND process_server_id = ?",
+            (progress.received_sequence, progress.bytes_received, progress.bytes_stored, *mine),
+        )
+        if done.rowcount != 1:
+            continue
+        connection.execute(
+            "UPDATE machines SET stored_sequence = ?, stored_segment = ?, stored_digest = ?"
+            " WHERE id = ? AND process_server_id = ? AND stored_sequence <= ?",
+            (
+                progress.stored_sequence,
+                progress.stored_segment,
+                progress.stored_digest,
+                *mine,
+                progress.stored_sequence,
+            ),
+        )
+        points.record_stored(connection, progress.machine_id, progress.stored_sequence)
+        reported.append(progress.machine_id)
+    moved = before is not None and (before["host"], before["port"]) != (heartbeat.host, heartbeat.port)
+    return frozenset(reported), before is None or moved
+
+
+def process_server_instructions(
+    connection: sqlite3.Connection, vault: Vault, server_id: uuid.UUID, heartbeat_seconds: float
+) -> ProcessServerInstructions:
+    """Which machines a process server is to serve, with their data keys.
+
+    Raises:
+        CorruptionError: a data key was not wrapped by this vault's key.
+    """
+    rows = connection.execute(
+        f"{MACHINES} WHERE machines.process_server_id = ? AND parties.removed_ns IS NULL ORDER BY machines.id",
+        (str(server_id),),
+    ).fetchall()
+    assignments = tuple(
+        ProcessServerAssignment(
+            machine_id=uuid.UUID(row["id"]),
+            name=row["name"],
+            epoch=row["epoch"],
+            incarnation=row["incarnation"],
+            data_key=vault.revealed(row["wrapped_key"]),
+            wrapped_key=base64.b64encode(row["wrapped_key"]).decode(),
+            key_id=row["key_id"],
+        )
+        for row in rows
+    )
+    version = _version([[str(a.machine_id), a.name, a.epoch, a.incarnation, a.key_id] for a in assignments])
+    return ProcessServerInstructions(assignments=assignments, heartbeat_seconds=heartbeat_seconds, version=version)
+
+
+def machines_of(connection: sqlite3.Connection, server_id: uuid.UUID) -> tuple[uuid.UUID, ...]:
+    rows = connection.execute("SELECT id FROM machines WHERE process_server_id = ?", (str(server_id),)).fetchall()
+    return tuple(uuid.UUID(row["id"]) for row in rows)
+
+
+def server_of(connection: sqlite3.Connection, machine_id: uuid.UUID) -> uuid.UUID | None:
+    """The process server that a machine is assigned to."""
+    text = machine_row(connection, machine_id)["process_server_id"]
+    return uuid.UUID(text) if text is not None else None
+
+
+def protect(connection: sqlite3.Connection, vault: Vault, machine: Party, now_ns: int) -> uuid.UUID:
+    """Assign a machine to the live process server with the fewest machines, with a data key; returns the server's id.
+
+    A machine that is assigned already stays where it is: moving it takes a new epoch, which is another operation.
+
+    Raises:
+        PermanentError: the machine was removed, or no process server is alive.
+    """
+    if machine.removed_ns is not None:
+        raise PermanentError(
+            f"machine {machine.name} was removed from the vault",
+            hint="enrol it again: `mobility-agent enrol` on that machine",
+            status=409,
+            machine=machine.name,
+        )
+    assigned = server_of(connection, machine.id)
+    if assigned is not None:
+        return assigned
+    row = connection.execute(
+        "SELECT process_servers.id FROM process_servers JOIN parties ON parties.id = process_servers.id"
+        " WHERE parties.removed_ns IS NULL AND process_servers.heartbeat_ns >= ? ORDER BY"
+        " (SELECT count(*) FROM machines WHERE machines.process_server_id = process_servers.id),"
+        " process_servers.cache_bytes_free DESC, process_servers.id LIMIT 1",
+        (now_ns - LIVE_SECONDS * 10**9,),
+    ).fetchone()
+    if row is None:
+        raise PermanentError(
+            f"no process server is alive to protect machine {machine.name}",
+            hint="enrol one (`process-server enrol`) and start it (`process-server run`), then try again",
+            status=409,
+            machine=machine.name,
+        )
+    connection.execute(
+        "UPDATE machines SET process_server_id = ?, epoch = ? WHERE id = ?", (row["id"], FIRST_EPOCH, str(machine.id))
+    )
+    if machine_row(connection, machine.id)["wrapped_key"] is None:
+        connection.execute(
+            "UPDATE machines SET key_id = ?, wrapped_key = ? WHERE id = ?",
+            (str(uuid.uuid4()), vault.new_data_key(), str(machine.id)),
+        )
+    return uuid.UUID(row["id"])
+
+
+def machine_key(connection: sqlite3.Connection, vault: Vault, machine: Party) -> MachineKey:
+    """The machine's data key, and how far its log is known to reach.
+
+    Raises:
+        PermanentError: it has none, since it was never protected.
+        CorruptionError: it was not wrapped by this vault's key.
+    """
+    row = machine_row(connection, machine.id)
+    if row["wrapped_key"] is None:
+        raise never_protected(machine.name)
+    return MachineKey(
+        machine_id=machine.id,
+        data_key=vault.revealed(row["wrapped_key"]),
+        key_id=row["key_id"],
+        stored_sequence=row["stored_sequence"],
+        stored_segment=row["stored_segment"],
+        stored_digest=row["stored_digest"],
+    )
+
+
+def never_protected(name: str) -> PermanentError:
+    return PermanentError(
+        f"machine {name} is not protected", hint=f"protect it: `replicar protect {name}`", status=409, machine=name
+    )
+
+
+def remove(connection: sqlite3.Connection, machine: Party, now_ns: int) -> None:
+    """End a machine's protection and refuse it; its key and points stay, so that what is stored can be recovered."""
+    parties.remove(connection, machine, now_ns)
+    connection.execute("UPDATE machines SET process_server_id = NULL WHERE id = ?", (str(machine.id),))
+    connection.execute("DELETE FROM commands WHERE machine_id = ?", (str(machine.id),))
+
+
+def machine_row(connection: sqlite3.Connection, machine_id: uuid.UUID) -> sqlite3.Row:
+    row = connection.execute(f"{MACHINES} WHERE machines.id = ?", (str(machine_id),)).fetchone()
+    assert isinstance(row, sqlite3.Row), f"machine {machine_id} was authorised or named, so it has a row"
+    return row
+
+
+def _version(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

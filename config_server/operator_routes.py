@@ -1,0 +1,171 @@
+"""What operators call: status, machines, protection, points, marks and keys. Whatever changes or reveals is audited."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import uuid
+from importlib import metadata
+from typing import Final
+
+from config_server import machines, overview, parties, points
+from config_server.api import Call, Context, Route, hold
+from config_server.bells import Topic
+from replicar.control.identity import Role
+from replicar.control.messages import (
+    MachineKey,
+    MachineList,
+    MachineSummary,
+    MarkRequest,
+    Point,
+    PointList,
+    VaultStatus,
+)
+from replicar.errors import PermanentError, TransientError
+
+
+async def get_status(context: Context, call: Call) -> VaultStatus:
+    now_ns = context.clock.now_ns()
+
+    def read(connection: sqlite3.Connection) -> VaultStatus:
+        return VaultStatus(
+            vault=context.vault.name,
+            vault_id=context.vault.id,
+            software=software(),
+            time_ns=now_ns,
+            authority_expires_ns=context.vault.authority.expires_ns,
+            machines=overview.summaries(connection, now_ns),
+            process_servers=overview.process_servers(connection, now_ns),
+        )
+
+    return await context.registry.run(read)
+
+
+async def get_machines(context: Context, call: Call) -> MachineList:
+    now_ns = context.clock.now_ns()
+    return MachineList(machines=await context.registry.run(lambda c: overview.summaries(c, now_ns)))
+
+
+async def get_machine(context: Context, call: Call) -> MachineSummary:
+    name, now_ns = call.names["name"], context.clock.now_ns()
+    return await context.registry.run(lambda c: overview.summary(c, parties.machine_named(c, name).id, now_ns))
+
+
+async def post_protect(context: Context, call: Call) -> MachineSummary:
+    name, now_ns = call.names["name"], context.clock.now_ns()
+
+    def change(connection: sqlite3.Connection) -> tuple[uuid.UUID, MachineSummary]:
+        machine = parties.machine_named(connection, name)
+        server_id = machines.protect(connection, context.vault, machine, now_ns)
+        parties.audit(connection, call.asking().id, "protect", f"machine {name}", now_ns)
+        return server_id, overview.summary(connection, machine.id, now_ns)
+
+    server_id, summary = await context.registry.run(change)
+    # the process server first: an agent that comes before its process server knows of it is only sent away again
+    context.bells.ring(Topic.INSTRUCTIONS, server_id)
+    context.bells.ring(Topic.INSTRUCTIONS, summary.id)
+    return summary
+
+
+async def post_remove(context: Context, call: Call) -> MachineSummary:
+    name, now_ns = call.names["name"], context.clock.now_ns()
+
+    def change(connection: sqlite3.Connection) -> tuple[uuid.UUID | None, MachineSummary]:
+        machine = parties.machine_named(connection, name)
+        server_id = machines.server_of(connection, machine.id)
+        machines.remove(connection, machine, now_ns)
+        parties.audit(connection, call.asking().id, "remove", f"machine {name}", now_ns)
+        return server_id, overview.summary(connection, machine.id, now_ns)
+
+    server_id, summary = await context.registry.run(change)
+    if server_id is not None:
+        context.bells.ring(Topic.INSTRUCTIONS, server_id)
+    context.bells.ring(Topic.INSTRUCTIONS, summary.id)
+    return summary
+
+
+async def get_points(context: Context, call: Call) -> PointList:
+    name = call.names["name"]
+    return await context.registry.run(lambda c: overview.machine_points(c, parties.machine_named(c, name)))
+
+
+async def get_key(context: Context, call: Call) -> MachineKey:
+    name, now_ns = call.names["name"], context.clock.now_ns()
+
+    def reveal(connection: sqlite3.Connection) -> MachineKey:
+        key = machines.machine_key(connection, context.vault, parties.machine_named(connection, name))
+        parties.audit(connection, call.asking().id, "key", f"machine {name}", now_ns)
+        return key
+
+    return await context.registry.run(reveal)
+
+
+async def post_mark(context: Context, call: Call) -> Point:
+    """Ask for a mark and wait until the agent reports it (or, with `?wait=stored`, until storage has it)."""
+    name, request, now_ns = call.names["name"], MarkRequest.from_json(call.body), context.clock.now_ns()
+    wait = call.query.get("wait", "")
+    if wait not in ("", "stored"):
+        raise PermanentError(f"can't wait for {wait!r}", hint="wait=stored, or nothing", status=400)
+
+    def ask(connection: sqlite3.Connection) -> tuple[uuid.UUID, uuid.UUID]:
+        machine = parties.machine_named(connection, name)
+        server_id = machines.server_of(connection, machine.id)
+        if server_id is None:
+            raise machines.never_protected(name)
+        points.ask_for_mark(connection, machine.id, name, request, now_ns)
+        parties.audit(connection, call.asking().id, "mark", f"machine {name}", now_ns)
+        return machine.id, server_id
+
+    machine_id, server_id = await context.registry.run(ask)
+    context.bells.ring(Topic.INSTRUCTIONS, machine_id)
+    with context.bells.hurry(machine_id, server_id), context.bells.listen(Topic.PROGRESS, machine_id) as bell:
+        point = await _made(context, machine_id, request, bell, stored=wait == "stored")
+    if point is not None and (point.stored or wait != "stored"):
+        return point
+    made = "made, but storage does not hold" if point is not None else "not made"
+    raise TransientError(
+        f"machine {name} has {made} the mark {request.name!r} within {request.wait_seconds:.0f} s",
+        hint="it will be, when agent and process server are up (`replicar status`); ask again to go on waiting",
+        status=504,
+        machine=name,
+        command_id=request.command_id,
+    )
+
+
+async def _made(
+    context: Context, machine_id: uuid.UUID, request: MarkRequest, bell: asyncio.Event, *, stored: bool
+) -> Point | None:
+    loop = asyncio.get_running_loop()
+    end = loop.time() + request.wait_seconds
+    while True:
+        point = await context.registry.run(lambda c: points.commanded(c, machine_id, request.command_id))
+        if point is not None and (point.stored or not stored):
+            return point
+        left = end - loop.time()
+        if left <= 0 or context.bells.closed or not await hold(bell, left):
+            return point
+
+
+def software() -> str:
+    """The version that runs."""
+    try:
+        return metadata.version("replicar")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+_OPERATOR: Final = frozenset({Role.OPERATOR})
+
+ROUTES: Final[tuple[Route, ...]] = tuple(
+    Route(method, path, handler, _OPERATOR)
+    for method, path, handler in (
+        ("GET", "/status", get_status),
+        ("GET", "/machines", get_machines),
+        ("GET", "/machines/{name}", get_machine),
+        ("POST", "/machines/{name}/protect", post_protect),
+        ("POST", "/machines/{name}/remove", post_remove),
+        ("GET", "/machines/{name}/points", get_points),
+        ("GET", "/machines/{name}/key", get_key),
+        ("POST", "/machines/{name}/marks", post_mark),
+    )
+)

@@ -1,0 +1,108 @@
+"""The overview: machines, process servers and points as operators see them, read in one transaction each."""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from typing import Final
+
+from config_server import points
+from config_server.machines import LIVE_SECONDS, MACHINES, machine_row
+from config_server.parties import Party
+from replicar.control.messages import AgentHeartbeat, MachineSummary, PointList, ProcessServerSummary
+
+#: The state of a machine whose agent has not reported yet, and of one that was removed.
+ENROLLED: Final = "enrolled"
+REMOVED: Final = "removed"
+
+
+def machine_points(connection: sqlite3.Connection, machine: Party) -> PointList:
+    """The machine's named points, its ordered window and its gaps."""
+    row = machine_row(connection, machine.id)
+    found, truncated = points.list_points(connection, machine.id)
+    return PointList(
+        machine_id=machine.id,
+        name=machine.name,
+        points=found,
+        ordered_from=_report(row).ordered_from,
+        stored_sequence=_stored(row),
+        gaps=points.list_gaps(connection, machine.id),
+        truncated=truncated,
+    )
+
+
+def summary(connection: sqlite3.Connection, machine_id: uuid.UUID, now_ns: int) -> MachineSummary:
+    return _summary(machine_row(connection, machine_id), now_ns)
+
+
+def summaries(connection: sqlite3.Connection, now_ns: int) -> tuple[MachineSummary, ...]:
+    """All machines that were not removed, by name."""
+    rows = connection.execute(f"{MACHINES} WHERE parties.removed_ns IS NULL ORDER BY parties.name").fetchall()
+    return tuple(_summary(row, now_ns) for row in rows)
+
+
+def process_servers(connection: sqlite3.Connection, now_ns: int) -> tuple[ProcessServerSummary, ...]:
+    """All process servers that were not removed, by name; those that never reported have no address yet."""
+    rows = connection.execute(
+        "SELECT parties.id, parties.name, host, port, cache_bytes, cache_bytes_free, heartbeat_ns,"
+        " (SELECT count(*) FROM machines WHERE machines.process_server_id = parties.id) AS machines"
+        " FROM parties LEFT JOIN process_servers ON process_servers.id = parties.id"
+        " WHERE parties.role = 'process-server' AND parties.removed_ns IS NULL ORDER BY parties.name"
+    ).fetchall()
+    return tuple(
+        ProcessServerSummary(
+            id=uuid.UUID(row["id"]),
+            name=row["name"],
+            online=_is_live(row["heartbeat_ns"], now_ns),
+            last_heartbeat_ns=row["heartbeat_ns"],
+            host=row["host"] or "",
+            port=row["port"] or 0,
+            cache_bytes=row["cache_bytes"] or 0,
+            cache_bytes_free=row["cache_bytes_free"] or 0,
+            machines=row["machines"],
+        )
+        for row in rows
+    )
+
+
+def _summary(row: sqlite3.Row, now_ns: int) -> MachineSummary:
+    report = _report(row)
+    return MachineSummary(
+        id=uuid.UUID(row["id"]),
+        name=row["name"],
+        incarnation=row["incarnation"],
+        state=report.state if row["removed_ns"] is None else REMOVED,
+        online=_is_live(row["heartbeat_ns"], now_ns) and row["removed_ns"] is None,
+        last_heartbeat_ns=row["heartbeat_ns"],
+        epoch=row["epoch"],
+        process_server=row["server_name"],
+        captured_sequence=report.captured_sequence,
+        received_sequence=max(row["received_sequence"], report.received_sequence),
+        stored_sequence=_stored(row),
+        stored_segment=row["stored_segment"],
+        stored_digest=row["stored_digest"],
+        rpo_seconds=report.rpo_seconds,
+        rpo_p50_seconds=report.rpo_p50_seconds,
+        rpo_p99_seconds=report.rpo_p99_seconds,
+        bytes_captured=report.bytes_captured,
+        bytes_sent=report.bytes_sent,
+        bytes_received=row["bytes_received"],
+        bytes_stored=row["bytes_stored"],
+        disks=report.disks,
+    )
+
+
+def _stored(row: sqlite3.Row) -> int:
+    """What the process server or the agent (which has it from the process server) said, whichever is newer."""
+    return max(int(row["stored_sequence"]), _report(row).stored_sequence)
+
+
+def _report(row: sqlite3.Row) -> AgentHeartbeat:
+    """What the agent last said; a machine that never did is merely enrolled."""
+    if row["report"] is None:
+        return AgentHeartbeat(time_ns=0, state=ENROLLED)
+    return AgentHeartbeat.model_validate_json(row["report"])
+
+
+def _is_live(heartbeat_ns: int | None, now_ns: int) -> bool:
+    return heartbeat_ns is not None and heartbeat_ns >= now_ns - LIVE_SECONDS * 10**9

@@ -1,0 +1,1 @@
+"""The config server and its client against each other: real TLS on loopback, real SQLite, a clock that can be set."""
