@@ -25,11 +25,11 @@ from typing import Final, Protocol
 
 from mobility_agent.logfile import LogFile
 from mobility_agent.logfiles import LogFiles
-from mobility_agent.logstate import RESERVE_STEP, LogState
+from mobility_agent.logstate import LogState
 from replicar.clock import Clock
 from replicar.errors import LimitError
 from replicar.formats import changelog, frame, record
-from replicar.formats.changelog import PACK_STAGED_COUNT, STAGED_COUNT_OFFSET, STAGING_CAPACITY
+from replicar.formats.changelog import PACK_STAGED_COUNT, STAGED_COUNT, STAGING_CAPACITY
 from replicar.formats.frame import (
     DESCRIPTOR_BYTES,
     HEADER_BYTES,
@@ -207,7 +207,7 @@ class ChangeLog:
         if not count:
             self._open_time_ns = time_ns
         self._count = count = count + 1
-        PACK_STAGED_COUNT.pack_into(self.data, STAGED_COUNT_OFFSET, count)
+        self.data[STAGED_COUNT] = PACK_STAGED_COUNT.pack(count)
         self.next_sequence += 1
         self.bytes_captured += length
 
@@ -264,7 +264,7 @@ class ChangeLog:
             first = self.next_sequence - count
             length = frame.seal_in_place(region, payload_end - self.start, table, self._machine_id, first)
             self._sealed(file, length)
-            PACK_STAGED_COUNT.pack_into(self.data, STAGED_COUNT_OFFSET, 0)
+            self.data[STAGED_COUNT] = PACK_STAGED_COUNT.pack(0)
         self._count = 0
         self.start = self.free = self.limit = 0
 
@@ -315,11 +315,14 @@ class ChangeLog:
         state = self.state
         same_boot = state.boot_id == boot_id
         reached, self.last_time_ns, sound = self._files.recover(trust_staging=same_boot)
-        trusted = not state.is_new and sound and (same_boot or state.clean)
-        self.next_sequence = max(first_sequence, reached)
-        if not trusted and not state.is_new:
-            self.next_sequence = max(self.next_sequence, state.reserved_sequence)
-        state.reserved_sequence = max(state.reserved_sequence, self.next_sequence + RESERVE_STEP)
+        self.next_sequence = max(first_sequence, reached, state.anew_sequence)
+        began = self.next_sequence > state.anew_sequence  # else the process died before it could say so
+        trusted = not state.is_new and sound and began and (same_boot or state.clean)
+        if not trusted:
+            if (began or not same_boot) and not state.is_new:
+                self.next_sequence = max(self.next_sequence, state.reserved_sequence)
+            state.anew_sequence = self.next_sequence
+        state.reserved_sequence = max(state.reserved_sequence, frame.anew_after(self.next_sequence + frame.ANEW_STEP))
         state.boot_id, state.clean = boot_id, False
         state.gap_open = state.gap_open or not trusted
         state.save(durable=True)
@@ -343,8 +346,8 @@ class ChangeLog:
 
     def _sealed(self, file: LogFile, length: int) -> None:
         file.sealed(length, self.next_sequence)
-        if self.next_sequence + RESERVE_STEP // 2 > self.state.reserved_sequence:
-            self.state.reserved_sequence = self.next_sequence + RESERVE_STEP
+        if self.next_sequence + frame.ANEW_STEP // 2 > self.state.reserved_sequence:
+            self.state.reserved_sequence = frame.anew_after(self.next_sequence + frame.ANEW_STEP)
             self.state.save(durable=True)
 
     def _wake(self) -> None:

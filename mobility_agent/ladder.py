@@ -64,11 +64,12 @@ class Ladder:
         else:
             for regions in self.regions.values():
                 regions.mark_all()
-        for disk in self.disks.values():
-            self.log.append_record(Kind.DISK, record.Disk(disk.index, disk.name, disk.size_bytes))
+        # Where numbers were left out the gap has to be the first thing that the stream says.
         if self.log.state.gap_open or self.dirty_bytes:
             first = self.log.state.is_new
             self.open_gap("initial replication" if first else "what happened before the agent started is not known")
+        for disk in self.disks.values():
+            self.log.append_record(Kind.DISK, record.Disk(disk.index, disk.name, disk.size_bytes))
 
     def open_gap(self, reason: str) -> None:
         """Say in the stream that order is not known from here."""

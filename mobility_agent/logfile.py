@@ -25,6 +25,11 @@ _INDEX_STEP: Final = 1 << 20
 _LENGTHS = struct.Struct("<II")  # payload bytes and count, at offset 8 of a frame's header
 
 
+def making(path: Path) -> Path:
+    """Where the change log that is to be at `path` is made."""
+    return path.with_suffix(".new")
+
+
 class LogFile:
     """A mapped change-log file. `sealed_end` is behind the last whole frame, `next_sequence` what follows it."""
 
@@ -48,19 +53,22 @@ class LogFile:
     def create(
         cls, path: Path, machine_id: uuid.UUID, first_sequence: int, file_bytes: int, created_ns: int
     ) -> LogFile:
-        """Make (or make anew, over an old one's space) the file at `path`.
+        """Make the file at `path`, over the space of what lies at `making(path)`, if anything does.
+
+        It gets its name when it has its header, so that a file of that name is a change log whenever the agent dies.
 
         Raises:
             LimitError: the file system has no room for it.
         """
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        unfinished = making(path)
+        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
                 os.posix_fallocate(fd, 0, file_bytes)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                os.unlink(path)
+                os.unlink(unfinished)
                 raise LimitError(
                     f"no room for a change log of {file_bytes} bytes at {path}",
                     hint="free space there, or set a smaller journal_bytes",
@@ -74,6 +82,7 @@ class LogFile:
         created = cls(path, fd, mapping, header)
         changelog.stage_frame(created.data, 0, 0)
         created.data[: changelog.HEADER_BYTES] = header.pack()
+        os.replace(unfinished, path)
         return created
 
     @classmethod

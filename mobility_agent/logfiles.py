@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Final
 
-from mobility_agent.logfile import LogFile
+from mobility_agent.logfile import LogFile, making
 from replicar.clock import Clock
 from replicar.errors import ConflictError, LimitError
 from replicar.formats import changelog, frame
@@ -89,8 +89,9 @@ class LogFiles:
             sound = sound and found.torn is None
             self._files.append(file)
         self._files = deque(sorted(self._files, key=lambda file: file.first_sequence))
-        for path in self._directory.glob("*.spare"):
-            path.unlink()
+        for pattern in ("*.spare", "*.new"):
+            for path in self._directory.glob(pattern):
+                path.unlink()
         return max((file.next_sequence for file in self._files), default=0), self._last_time_ns(), sound
 
     def take(self, sequence: int) -> memoryview | None:
@@ -114,7 +115,7 @@ class LogFiles:
                 return False
         path = self._directory / f"changes-{next_sequence:016x}.hrl"
         if self._spares:
-            os.replace(self._spares.pop(), path)
+            os.replace(self._spares.pop(), making(path))
         try:
             created = LogFile.create(path, self._machine_id, next_sequence, self._file_bytes, self._clock.now_ns())
         except LimitError:

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from mobility_agent.changelog import ChangeLog
-from mobility_agent.logstate import RESERVE_STEP
 from replicar.errors import ConflictError, CorruptionError, LimitError, ReplicarError
 from replicar.formats import record
 from replicar.formats.changelog import FRAMES_OFFSET
-from replicar.formats.frame import Kind
+from replicar.formats.frame import ANEW_STEP, Kind, begins_anew, may_begin_anew
 from simulator.nbd_client import NbdClient
 from tests.mobility_agent.core import FILE_BYTES, MACHINE, MIB, agent_core, frames_of, gap_flags, open_log, replay
 
@@ -110,12 +109,27 @@ async def test_after_a_power_cut_numbers_are_never_given_twice_and_everything_is
     (tmp_path / "log" / "state").write_bytes(state)
     async with agent_core(tmp_path, boot_id=b"after the cut".ljust(16)) as core:
         assert not core.log.survived
-        assert core.log.next_sequence > RESERVE_STEP > sent
+        assert core.log.next_sequence > ANEW_STEP > sent
         assert core.ladder.dirty_bytes == core.disk.size_bytes
         assert core.ladder.in_gap
         first = frames_of(core.log)[0]
         assert first.header.first_sequence > sent
-        assert first.table["kind"][0] == Kind.DISK
+        assert begins_anew(first.table)
+        assert may_begin_anew(first.header.first_sequence)
+
+
+def test_a_log_that_died_before_it_could_begin_anew_does_so_next_time(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    _mark(log, "a")
+    log.abandon()
+    cut = open_log(tmp_path, boot_id=b"after the cut".ljust(16))
+    anew = cut.next_sequence
+    assert not cut.survived
+    cut.abandon()  # before anything was captured
+    again = open_log(tmp_path, boot_id=b"after the cut".ljust(16))
+    assert not again.survived
+    assert again.next_sequence == anew
+    again.abandon()
 
 
 def test_a_damaged_frame_on_the_same_boot_is_not_trusted_either(tmp_path: Path) -> None:
@@ -130,7 +144,7 @@ def test_a_damaged_frame_on_the_same_boot_is_not_trusted_either(tmp_path: Path) 
     log = open_log(tmp_path)
     assert not log.survived
     assert log.state.gap_open
-    assert _mark(log, "d") > RESERVE_STEP
+    assert _mark(log, "d") > ANEW_STEP
     log.abandon()
 
 

@@ -198,9 +198,9 @@ async def test_a_socket_left_by_a_killed_agent_is_taken_over(tmp_path: Path) -> 
         await client.flush()
 
 
-async def _run(*command: str) -> str:
+async def _run(*command: str, cwd: Path | None = None) -> str:
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=cwd
     )
     output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()
@@ -240,6 +240,7 @@ async def test_fio_verifies_its_own_random_writes(tmp_path: Path) -> None:
             *("fio", "--name=verify", "--ioengine=nbd", f"--uri=nbd+unix:///root?socket={core.socket}"),
             *("--rw=randwrite", "--bsrange=4k-64k", "--iodepth=16", "--size=16m", "--verify=crc32c", "--do_verify=1"),
             *("--fsync=32", "--trim_percentage=0"),
+            cwd=tmp_path,  # fio leaves its verification state where it runs
         )
         core.log.seal()
         assert replay(frames_of(core.log), core.disk.size_bytes) == core.disk.path.read_bytes()

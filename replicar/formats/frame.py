@@ -1,0 +1,371 @@
+"""A frame: the one unit from capture to blob, a run of disk changes with their bytes and a table of what they are.
+
+The change log is frames, the wire carries the same bytes, the process server's cache stores the same bytes, and a
+segment is a run of frames compressed and sealed. Nobody re-encodes one, so nobody can re-encode one wrongly.
+
+    header 64 | payload, padded to 8 | table: count x 32
+
+The table lies *behind* the payload, so that an agent can receive writes straight into their final place and describe
+them afterwards. A payload may hold bytes that no descriptor names (an NBD request header, say): only the descriptors
+give bytes a meaning. Three checksums (header, payload, table) allow each to be judged alone: recovery reads tables
+without payloads.
+
+Checksums find accidents, not attackers: on the wire TLS stands guard, in storage the seal of the segment.
+
+Sequence numbers count descriptors: descriptor i of a frame has sequence `first_sequence + i`, whatever its kind.
+One machine is one stream, over all its disks. The upper 16 bits are the *incarnation* of the machine's change log
+(raised when a log was lost and begun anew), so that numbers never repeat.
+
+Weak: a frame names no codec but 0 yet, so payloads are compressed at the process server only.
+"""
+
+from __future__ import annotations
+
+import struct
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from replicar.errors import CorruptionError, LimitError
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Table: TypeAlias = npt.NDArray[Any]  # of DESCRIPTOR
+
+MAGIC: Final = b"RPFR"
+VERSION: Final = 1
+HEADER_BYTES: Final = 64
+DESCRIPTOR_BYTES: Final = 32
+SECTOR_BYTES: Final = 512
+ALIGNMENT: Final = 8
+
+#: One NBD request of 1 MiB with its header must fit, and some small ones beside it.
+MAX_PAYLOAD_BYTES: Final = (1 << 20) + (64 << 10)
+#: 128 KiB of table; a frame of 4 KiB writes holds 272.
+MAX_DESCRIPTORS: Final = 4096
+MAX_FRAME_BYTES: Final = HEADER_BYTES + MAX_PAYLOAD_BYTES + MAX_DESCRIPTORS * DESCRIPTOR_BYTES
+#: Disks end at or below this (4 EiB), so that offset + length never wraps, signed or unsigned.
+MAX_DISK_BYTES: Final = 1 << 62
+#: Times and sequences end below these, so that they fit signed integers, and "the next one" fits 64 bits.
+MAX_TIME_NS: Final = 1 << 63
+MAX_SEQUENCE: Final = (1 << 64) - 2
+#: Sequence numbers of one incarnation; the incarnation is what lies above.
+INCARNATION_SHIFT: Final = 48
+#: A change log that has to leave numbers out begins anew at a multiple of this, plus one.
+ANEW_STEP: Final = 1 << 32
+
+_HEADER = struct.Struct("<4sBBHII16sQQQQ")
+PACK_DESCRIPTOR: Final = struct.Struct("<QQQIHBB")
+
+DESCRIPTOR: Final = np.dtype(
+    [
+        ("offset", "<u8"),  # bytes from the disk's start
+        ("length", "<u8"),  # bytes on the disk; for MARK, GAP and DISK, bytes of the record in the payload
+        ("time_ns", "<u8"),  # wall clock of the capture, never falling within a stream
+        ("place", "<u4"),  # where the bytes begin in the payload
+        ("disk", "<u2"),
+        ("kind", "u1"),
+        ("flags", "u1"),
+    ]
+)
+assert DESCRIPTOR.itemsize == PACK_DESCRIPTOR.size == DESCRIPTOR_BYTES
+assert _HEADER.size == HEADER_BYTES
+
+
+class Kind(IntEnum):
+    """What a descriptor says happened."""
+
+    WRITE = 1  # `length` bytes at `offset` became payload[place : place + length]
+    ZERO = 2  # they became zeros (trim, write-zeroes); no payload
+    DIRTY = 3  # they changed; the content follows later as a WRITE with Flag.SEED
+    MARK = 4  # a named recovery point: everything before it, nothing after
+    AUDIT = 5  # the source's bytes there had this XXH3-128 (16 bytes of payload, big-endian) at this sequence
+    GAP = 6  # order is not known from here (GAP_BEGIN) until GAP_END
+    DISK = 7  # a disk was added, resized or removed
+
+
+class Flag(IntFlag):
+    """Qualities of a descriptor."""
+
+    NONE = 0
+    SEED = 0x01  # WRITE or ZERO copied from the disk in the background, not captured as it happened
+    GAP_BEGIN = 0x10
+    GAP_END = 0x20
+
+
+#: Bytes that a descriptor of this kind takes of the payload: its `length`, nothing, or a fixed number.
+_RECORD_KINDS: Final = (Kind.MARK, Kind.GAP, Kind.DISK)
+AUDIT_DIGEST_BYTES: Final = 16
+MAX_RECORD_BYTES: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """The first 64 bytes of a frame, decoded."""
+
+    machine_id: uuid.UUID
+    first_sequence: int
+    count: int
+    payload_bytes: int
+    payload_checksum: int
+    table_checksum: int
+
+    @property
+    def last_sequence(self) -> int:
+        return self.first_sequence + self.count - 1
+
+    @property
+    def next_sequence(self) -> int:
+        return self.first_sequence + self.count
+
+    @property
+    def table_offset(self) -> int:
+        """Where the table begins, in bytes from the frame's start."""
+        return HEADER_BYTES + padded(self.payload_bytes)
+
+    @property
+    def frame_bytes(self) -> int:
+        return self.table_offset + self.count * DESCRIPTOR_BYTES
+
+    def pack(self) -> bytes:
+        body = _HEADER.pack(
+            MAGIC,
+            VERSION,
+            0,
+            0,
+            self.payload_bytes,
+            self.count,
+            self.machine_id.bytes,
+            self.first_sequence,
+            self.payload_checksum,
+            self.table_checksum,
+            0,
+        )[:-8]
+        return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A frame whose checksums and descriptors were verified, as views of the buffer it lies in."""
+
+    header: FrameHeader
+    data: memoryview
+
+    @property
+    def payload(self) -> memoryview:
+        return self.data[HEADER_BYTES : HEADER_BYTES + self.header.payload_bytes]
+
+    @property
+    def table(self) -> Table:
+        return table_view(self.data[self.header.table_offset : self.header.frame_bytes])
+
+
+def padded(count: int) -> int:
+    """`count` rounded up to the alignment of a frame's parts."""
+    return (count + ALIGNMENT - 1) & ~(ALIGNMENT - 1)
+
+
+def table_view(data: Buffer) -> Table:
+    """Descriptors as a read-only numpy view (shape (n,), dtype DESCRIPTOR) of bytes."""
+    view = np.frombuffer(data, dtype=DESCRIPTOR)
+    view.flags.writeable = False
+    return view
+
+
+def describe(
+    kind: Kind, *, disk: int = 0, offset: int = 0, length: int = 0, time_ns: int = 0, place: int = 0, flags: int = 0
+) -> bytes:
+    """One descriptor as its 32 bytes. For single records; the hot path packs into its table directly."""
+    return PACK_DESCRIPTOR.pack(offset, length, time_ns, place, disk, kind, flags)
+
+
+def anew_after(sequence: int) -> int:
+    """The first sequence above `sequence` at which a log may begin anew."""
+    return (sequence // ANEW_STEP + 1) * ANEW_STEP + 1
+
+
+def may_begin_anew(sequence: int) -> bool:
+    """Whether a log that begins at `sequence` may be one that began anew, leaving numbers out."""
+    return sequence % ANEW_STEP == 1
+
+
+def begins_anew(table: Table) -> bool:
+    """Whether a frame with this table may follow although numbers are left out: it says GAP before anything happens.
+
+    DISK records may come before the gap; they change nothing.
+    """
+    others = np.flatnonzero(table["kind"] != Kind.DISK)
+    if not others.size:
+        return False
+    first = table[int(others[0])]
+    return bool(first["kind"] == Kind.GAP and first["flags"] & Flag.GAP_BEGIN)
+
+
+def read_header(data: Buffer, offset: int = 0) -> FrameHeader | None:
+    """Decode the header at `offset`.
+
+    Returns:
+        None when fewer than 64 bytes are there.
+
+    Raises:
+        CorruptionError: when what is there is no header of this version within the limits.
+    """
+    if len(data) - offset < HEADER_BYTES:
+        return None
+    raw = bytes(data[offset : offset + HEADER_BYTES])
+    magic, version, codec, flags, payload_bytes, count, machine, first, payload_sum, table_sum, own = _HEADER.unpack(
+        raw
+    )
+    if magic != MAGIC:
+        raise _corrupt("no frame begins here", offset, magic=magic.hex())
+    if xxhash.xxh3_64_intdigest(raw[:-8]) != own:
+        raise _corrupt("the frame's header fails its checksum", offset)
+    if version != VERSION or codec or flags:
+        raise CorruptionError(
+            f"frame version {version}, codec {codec}, flags {flags:#x} is not known here",
+            hint="a newer part wrote this; upgrade this one",
+            offset=offset,
+        )
+    if not 0 < count <= MAX_DESCRIPTORS or payload_bytes > MAX_PAYLOAD_BYTES:
+        raise _corrupt(f"the frame claims {count} descriptors and {payload_bytes} bytes", offset)
+    if first == 0 or first + count - 1 > MAX_SEQUENCE:
+        raise _corrupt(f"the frame claims {count} sequences from {first} on", offset)
+    return FrameHeader(uuid.UUID(bytes=machine), first, count, payload_bytes, payload_sum, table_sum)
+
+
+def read_frame(data: Buffer, offset: int = 0) -> Frame | None:
+    """Decode and verify the whole frame at `offset`: checksums, and that every descriptor makes sense.
+
+    Returns:
+        None when the frame is not all there yet.
+
+    Raises:
+        CorruptionError: when its bytes are not those that were sealed, or its descriptors point out of bounds.
+    """
+    header = read_header(data, offset)
+    if header is None or len(data) - offset < header.frame_bytes:
+        return None
+    view = memoryview(data)[offset : offset + header.frame_bytes]
+    table_bytes = view[header.table_offset :]
+    if xxhash.xxh3_64_intdigest(table_bytes) != header.table_checksum:
+        raise _corrupt("the frame's table fails its checksum", offset, sequence=header.first_sequence)
+    if xxhash.xxh3_64_intdigest(view[HEADER_BYTES : header.table_offset]) != header.payload_checksum:
+        raise _corrupt("the frame's payload fails its checksum", offset, sequence=header.first_sequence)
+    check_table(table_view(table_bytes), header.payload_bytes, sequence=header.first_sequence)
+    return Frame(header, view)
+
+
+def check_table(table: Table, payload_bytes: int, *, sequence: int = 0) -> None:
+    """Verify that a table is one that a sane agent can have written.
+
+    Raises:
+        CorruptionError: naming the first rule that is broken.
+    """
+    kind, length, offset = table["kind"], table["length"], table["offset"]
+    content = (kind == Kind.WRITE) | (kind == Kind.ZERO) | (kind == Kind.DIRTY) | (kind == Kind.AUDIT)
+    record = (kind == Kind.MARK) | (kind == Kind.GAP) | (kind == Kind.DISK)
+    _require(bool(np.all(content | record)), "a descriptor of unknown kind", sequence)
+    _require(bool(np.all((length > 0) & (length <= MAX_DISK_BYTES))), "a descriptor of impossible length", sequence)
+    _require(bool(np.all(offset <= MAX_DISK_BYTES)), "a descriptor beyond any disk's end", sequence)
+    unaligned = content & (((offset | length) & np.uint64(SECTOR_BYTES - 1)) != 0)
+    _require(not np.any(unaligned), f"an offset or length that is no multiple of {SECTOR_BYTES}", sequence)
+    _require(bool(np.all(offset + length <= MAX_DISK_BYTES)), "a descriptor beyond any disk's end", sequence)
+    _require(not np.any(record & (length > MAX_RECORD_BYTES)), "a record longer than 4096 bytes", sequence)
+    _require(
+        bool(np.all(payload_ends(table) <= payload_bytes)), "a descriptor that points outside its payload", sequence
+    )
+    time_ns = table["time_ns"]
+    _require(bool(np.all(time_ns < MAX_TIME_NS)), "a time beyond the year 2262", sequence)
+    _require(bool(np.all(time_ns[1:] >= time_ns[:-1])), "time that falls", sequence)
+
+
+def payload_ends(table: Table) -> npt.NDArray[np.uint64]:
+    """For every descriptor, where its bytes in the payload end (uint64, shape (n,)); its place, if it has none.
+
+    Lengths must have been checked: the sum wraps where they are impossible.
+    """
+    kind = table["kind"]
+    taken = np.where(kind == Kind.AUDIT, np.uint64(AUDIT_DIGEST_BYTES), table["length"])
+    taken = np.where((kind == Kind.ZERO) | (kind == Kind.DIRTY), np.uint64(0), taken)
+    ends: npt.NDArray[np.uint64] = table["place"].astype(np.uint64) + taken
+    return ends
+
+
+def seal_in_place(
+    region: memoryview, payload_bytes: int, table: Buffer, machine_id: uuid.UUID, first_sequence: int
+) -> int:
+    """Finish a frame whose payload already lies at region[64 : 64 + payload_bytes]: add the table, then the header.
+
+    The header is written last, and its first 8 bytes (one store) last of all, so that a region is never taken for a
+    frame before it is one, nor for half a frame if the process is killed in here.
+
+    Args:
+        region: writable, at least as long as the frame will be.
+        table: the descriptors' bytes, a multiple of 32.
+
+    Returns:
+        The frame's length in bytes.
+
+    Raises:
+        LimitError: when payload or table are larger than a frame may be, or the region than it is, or when sequence
+            numbers have run out.
+    """
+    count, rest = divmod(len(table), DESCRIPTOR_BYTES)
+    table_offset = HEADER_BYTES + padded(payload_bytes)
+    frame_bytes = table_offset + len(table)
+    fits = 0 <= payload_bytes <= MAX_PAYLOAD_BYTES and 0 < count <= MAX_DESCRIPTORS and frame_bytes <= len(region)
+    if rest or not fits or not 0 < first_sequence <= MAX_SEQUENCE + 1 - count:
+        raise LimitError(
+            f"a frame of {payload_bytes} bytes and {count} descriptors does not fit here", sequence=first_sequence
+        )
+    region[HEADER_BYTES + payload_bytes : table_offset] = bytes(table_offset - HEADER_BYTES - payload_bytes)
+    region[table_offset:frame_bytes] = table
+    header = FrameHeader(
+        machine_id,
+        first_sequence,
+        count,
+        payload_bytes,
+        xxhash.xxh3_64_intdigest(region[HEADER_BYTES:table_offset]),
+        xxhash.xxh3_64_intdigest(table),
+    ).pack()
+    region[8:HEADER_BYTES] = header[8:]
+    region[:8] = header[:8]
+    return frame_bytes
+
+
+def build_frame(machine_id: uuid.UUID, first_sequence: int, table: Buffer, payload: Buffer = b"") -> bytes:
+    """A whole frame from its parts, for records and tests; capture seals in place instead."""
+    region = bytearray(HEADER_BYTES + padded(len(payload)) + len(table))
+    region[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
+    with memoryview(region) as view:
+        seal_in_place(view, len(payload), table, machine_id, first_sequence)
+    return bytes(region)
+
+
+def frames_in(data: Buffer) -> Iterator[tuple[int, Frame]]:
+    """The frames of a run of frames, with their offsets.
+
+    Raises:
+        CorruptionError: when the run does not consist of whole, sound frames to its last byte.
+    """
+    offset = 0
+    while offset < len(data):
+        frame = read_frame(data, offset)
+        if frame is None:
+            raise _corrupt("the run of frames ends within a frame", offset)
+        yield offset, frame
+        offset += frame.header.frame_bytes
+
+
+def _require(held: bool, broken: str, sequence: int) -> None:
+    if not held:
+        raise CorruptionError(f"the frame at sequence {sequence} has {broken}", sequence=sequence)
+
+
+def _corrupt(what: str, offset: int, **fields: Any) -> CorruptionError:
+    return CorruptionError(f"{what} (at byte {offset})", offset=offset, **fields)

@@ -1,0 +1,311 @@
+"""Walks a machine's sealed log in storage from its first segment to its last, opening tables and checking the chain.
+
+Only headers and tables are read, in windows of 64 KiB: about one request a segment for big segments, fewer for small
+ones. Payload chunks are fetched by whoever wants them, through `read_chunk`.
+
+The log ends at the first number that is missing or not (yet) sound in the newest run: a writer that died there, or one
+that is just writing. A reader can't tell these from damage by itself, so it takes `stored_number`, the number that was
+once reported as stored; ending before it is a CorruptionError, and so is anything missing or unsound where a newer run
+says that it was there. With `stored_digest` it also finds a history that was put back, an older run's segments instead
+of those that replaced them. What no dying writer leaves behind is an error in any case: a segment of another machine or
+run, a broken chain, a sequence that goes back or jumps without saying so, a hole with many segments behind it, a log of
+which nothing can be opened (a wrong key must not look like an empty log, or somebody would begin it anew).
+
+A half-written stripe does not hide what lies in the others, since segments are written several at a time.
+
+Weak: the walk is from the beginning each time; `after` lets a caller go on from where it was.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from replicar.errors import CorruptionError, PermanentError
+from replicar.formats import frame, logblob, segment
+from replicar.formats.logblob import BlobHeader, BlobName
+from replicar.formats.segment import SegmentHeader, SegmentTable
+from replicar.storage.store import PageBlobStore
+
+#: What one request reads at least; a table of a segment full of 4 KiB writes is about 20 KiB.
+WINDOW_BYTES: Final = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One writer's blobs: the header of stripe 0, and name and size of every stripe."""
+
+    header: BlobHeader
+    stripes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """An opened table and where its segment lies."""
+
+    table: SegmentTable
+    blob: str
+    offset: int
+
+    @property
+    def number(self) -> int:
+        return self.table.header.position.number
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Where a log ends: the last segment's number (0: none), its last sequence, its digest, and why it ends there.
+
+    `damaged` says that something unsound lies where the next segment would: half-written, or altered.
+    """
+
+    number: int = 0
+    sequence: int = 0
+    digest: bytes = segment.FIRST_DIGEST
+    reason: str = "nothing was written yet"
+    damaged: bool = False
+
+
+class LogReader:
+    """Reads one machine's log.
+
+    Args:
+        store: the container it lies in.
+        keys: the machine's data keys by key id.
+    """
+
+    def __init__(self, store: PageBlobStore, machine_id: uuid.UUID, keys: Mapping[int, bytes]) -> None:
+        self._store = store
+        self._machine_id = machine_id
+        self._keys = keys
+        self.tail = Tail()
+
+    async def runs(self) -> list[Run]:
+        """All runs in reading order; those that were made and never written are left out.
+
+        Raises:
+            CorruptionError: a blob whose header does not belong to its name.
+        """
+        by_run: dict[tuple[int, int], list[tuple[BlobName, int]]] = {}
+        for info in await self._store.list(logblob.log_prefix(self._machine_id)):
+            name = logblob.read_name(info.name)
+            if name is not None:
+                by_run.setdefault((name.epoch, name.run), []).append((name, info.size_bytes))
+        runs = []
+        for _, blobs in sorted(by_run.items()):
+            blobs.sort()
+            first = blobs[0][0]
+            header = logblob.read_header(await self._store.read(str(first), 0, logblob.HEADER_BYTES))
+            if header is None:
+                continue
+            if header.name != first or first.stripe != 0:
+                raise CorruptionError(f"log blob {first} holds the header of {header.name}", blob=str(first))
+            runs.append(Run(header, tuple((str(name), size) for name, size in blobs)))
+        return runs
+
+    async def segments(
+        self, *, after: Tail | None = None, stored_number: int = 0, stored_digest: bytes | None = None
+    ) -> AsyncIterator[Segment]:
+        """Every segment behind `after`, in order; `tail` says where the log ended once this is exhausted.
+
+        Args:
+            stored_number: the segment last reported as stored, 0 if nobody knows; `stored_digest` is its digest.
+
+        Raises:
+            CorruptionError: the chain is broken, or the log ends before `stored_number`, or had another segment there.
+        """
+        self.tail = after or Tail()
+        runs = await self.runs()
+        starts = [run.header.first_number for run in runs]
+        for index, run in enumerate(runs):
+            until = min(starts[index + 1 :], default=None)
+            if until is not None and until <= self.tail.number + 1:
+                continue
+            if starts[index] > self.tail.number + 1:
+                raise self._missing(f"the log's run {run.header.name} begins at segment {starts[index]}")
+            async for found in self._run_segments(run, until):
+                if found.number == stored_number and stored_digest not in (None, found.table.digest):
+                    raise CorruptionError(
+                        f"segment {found.number} is not the one that was reported as stored",
+                        hint="an older state of the log was put back; recover to a point before it",
+                        number=found.number,
+                        blob=found.blob,
+                    )
+                yield found
+            if until is not None and self.tail.number + 1 < until:
+                raise self._missing(f"a newer run says that segment {until - 1} was there")
+        if self.tail.number < stored_number:
+            raise self._missing(f"segment {stored_number} was reported as stored")
+
+    async def read_chunk(self, found: Segment, index: int) -> bytes:
+        """Fetch, decrypt, verify and decompress one chunk of a segment's run of frames."""
+        start, end = (int(edge) for edge in found.table.chunk_offsets[index : index + 2])
+        sealed = await self._store.read(found.blob, found.offset + start, end - start)
+        return segment.open_chunk(found.table, index, sealed, self._key(found.table.header.key_id))
+
+    async def read_run(self, found: Segment) -> bytes:
+        """A segment's whole run of frames, in one request, every chunk verified."""
+        header = found.table.header
+        sealed = memoryview(await self._store.read(found.blob, found.offset, header.table_offset))
+        edges = [int(edge) for edge in found.table.chunk_offsets]
+        key = self._key(header.key_id)
+        chunks = range(header.chunk_count)
+        return b"".join(segment.open_chunk(found.table, i, sealed[edges[i] : edges[i + 1]], key) for i in chunks)
+
+    async def _run_segments(self, run: Run, until: int | None) -> AsyncIterator[Segment]:
+        stripes = [_Stripe(self._store, name, size) for name, size in run.stripes]
+        reason, damaged = "a newer run goes on from there", False
+        while until is None or self.tail.number + 1 < until:
+            found = await self._next(run, stripes)
+            if not isinstance(found, Segment):
+                damaged = found is not None
+                reason = found.message if found is not None else f"segment {self.tail.number + 1} is not there"
+                await self._check_end(stripes, found)
+                break
+            header = found.table.header
+            if header.previous != self.tail.digest:
+                raise CorruptionError(
+                    f"segment {found.number} does not follow the one before it: the chain of digests is broken",
+                    hint="a segment was swapped or altered in storage; recover to a point before it",
+                    number=found.number,
+                    blob=found.blob,
+                    offset=found.offset,
+                )
+            self._check_sequence(found)
+            last = header.position.last_sequence
+            self.tail = Tail(found.number, last, found.table.digest, "the newest segment so far")
+            yield found
+        self.tail = Tail(self.tail.number, self.tail.sequence, self.tail.digest, reason, damaged)
+
+    async def _next(self, run: Run, stripes: Sequence[_Stripe]) -> Segment | CorruptionError | None:
+        """The wanted segment from whichever stripe has it; None if none has, or what is wrong with what is there.
+
+        Raises:
+            CorruptionError: it is one that no writer of this run can have put there, dead or alive.
+        """
+        wanted = self.tail.number + 1
+        unsound: CorruptionError | None = None
+        for stripe in stripes:
+            try:
+                header = await stripe.seek(wanted)
+            except CorruptionError as error:
+                unsound = unsound or error
+                continue
+            if header is None:
+                continue
+            self._check_place(run, header, stripe)
+            try:
+                sealed = await stripe.read(stripe.offset + header.table_offset, header.table_bytes)
+                table = segment.open_table(header, sealed, self._key(header.key_id))
+            except CorruptionError as error:
+                unsound = unsound or error
+                continue
+            return Segment(table, stripe.name, stripe.offset)
+        return unsound
+
+    async def _check_end(self, stripes: Sequence[_Stripe], unsound: CorruptionError | None) -> None:
+        if unsound is not None and self.tail.number == 0:
+            raise unsound
+        limit = self.tail.number + 1 + logblob.MAX_UNDER_WAY
+        for stripe in stripes:
+            highest = await stripe.highest(limit)
+            if highest >= limit:
+                why = f": {unsound.message}" if unsound is not None else ""
+                raise CorruptionError(
+                    f"segment {self.tail.number + 1} is missing or damaged, but {highest} is there{why}",
+                    hint=f"points up to sequence {self.tail.sequence} can still be recovered",
+                    number=self.tail.number + 1,
+                    blob=stripe.name,
+                )
+
+    def _check_place(self, run: Run, header: SegmentHeader, stripe: _Stripe) -> None:
+        position, name = header.position, run.header.name
+        if position.machine_id != self._machine_id or (position.epoch, position.run) != (name.epoch, name.run):
+            raise CorruptionError(
+                f"segment {position.number} in {stripe.name} is run {position.epoch:08x}-{position.run:08x} of machine "
+                f"{position.machine_id}",
+                hint="a segment was moved in storage; recover to a point before it",
+                number=position.number,
+                blob=stripe.name,
+                offset=stripe.offset,
+            )
+
+    def _check_sequence(self, found: Segment) -> None:
+        first, wanted = found.table.header.position.first_sequence, self.tail.sequence + 1
+        if first == wanted or (first > wanted and (wanted == 1 or frame.begins_anew(found.table.descriptors))):
+            return
+        raise CorruptionError(
+            f"segment {found.number} begins with sequence {first} where {wanted} should follow",
+            hint=f"points up to sequence {self.tail.sequence} can still be recovered",
+            number=found.number,
+            blob=found.blob,
+        )
+
+    def _key(self, key_id: int) -> bytes:
+        try:
+            return self._keys[key_id]
+        except KeyError:
+            raise PermanentError(
+                f"machine {self._machine_id} has data under key {key_id}, which is not at hand",
+                hint="fetch the machine's keys from the config server again",
+                key_id=key_id,
+            ) from None
+
+    def _missing(self, why: str) -> CorruptionError:
+        number = self.tail.number + 1
+        return CorruptionError(
+            f"the log of machine {self._machine_id} ends before segment {number} ({self.tail.reason}), but {why}",
+            hint=f"points up to sequence {self.tail.sequence} can still be recovered",
+            number=number,
+            last_sequence=self.tail.sequence,
+        )
+
+
+class _Stripe:
+    """A place in a blob, and the window of it that was read last."""
+
+    def __init__(self, store: PageBlobStore, name: str, size_bytes: int) -> None:
+        self.name = name
+        self.offset = logblob.HEADER_BYTES
+        self._store = store
+        self._size = size_bytes
+        self._window, self._window_offset = b"", 0
+
+    async def seek(self, number: int) -> SegmentHeader | None:
+        """Go to segment `number`; its header, or None if the next one here has a higher number, or nothing is here.
+
+        Raises:
+            CorruptionError: something lies on the way that is no segment.
+        """
+        while self.offset + segment.HEADER_BYTES <= self._size:
+            header = segment.read_header(await self.read(self.offset, segment.HEADER_BYTES))
+            if header is None or header.position.number >= number:
+                return header if header is not None and header.position.number == number else None
+            self.offset += header.total_bytes
+        return None
+
+    async def highest(self, limit: int) -> int:
+        """The highest number from the current place on, as far as segments can be walked and up to `limit`; or 0."""
+        number = 0
+        try:
+            while self.offset + segment.HEADER_BYTES <= self._size and number < limit:
+                header = segment.read_header(await self.read(self.offset, segment.HEADER_BYTES))
+                if header is None:
+                    break
+                number = max(number, header.position.number)
+                self.offset += header.total_bytes
+        except CorruptionError:
+            pass  # something else lies there; what was seen before counts
+        return number
+
+    async def read(self, offset: int, length: int) -> bytes:
+        start = offset - self._window_offset
+        if start < 0 or start + length > len(self._window):
+            wanted = min(max(length, WINDOW_BYTES), self._size - offset)
+            if wanted < length:
+                raise CorruptionError(f"a segment of {self.name} reaches beyond the blob's end", blob=self.name)
+            self._window, self._window_offset = await self._store.read(self.name, offset, wanted), offset
+            start = 0
+        return self._window[start : start + length]
