@@ -319,13 +319,14 @@ class ChangeLog:
         began = self.next_sequence > state.anew_sequence  # else the process died before it could say so
         trusted = not state.is_new and sound and began and (same_boot or state.clean)
         if not trusted:
-            if (began or not same_boot) and not state.is_new:
+            if (began or not same_boot or not sound) and not state.is_new:
                 self.next_sequence = max(self.next_sequence, state.reserved_sequence)
             state.anew_sequence = self.next_sequence
         state.reserved_sequence = max(state.reserved_sequence, frame.anew_after(self.next_sequence + frame.ANEW_STEP))
         state.boot_id, state.clean = boot_id, False
         state.gap_open = state.gap_open or not trusted
         state.save(durable=True)
+        self._files.forget_damage()
         self.first_sequence = self._files.first_sequence or self.next_sequence
         self.stored_sequence = self.first_sequence - 1
         return trusted

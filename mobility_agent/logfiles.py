@@ -5,6 +5,7 @@ A file whose frames are all in storage is given back: kept as a spare (its block
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections import deque
@@ -13,12 +14,14 @@ from typing import Final
 
 from mobility_agent.logfile import LogFile, making
 from replicar.clock import Clock
-from replicar.errors import ConflictError, LimitError
+from replicar.errors import ConflictError, CorruptionError, LimitError
 from replicar.formats import changelog, frame
 
 #: What `take` returns at most, unless one frame alone is more.
 TAKE_BYTES: Final = 1 << 20
 _KEPT_SPARES: Final = 2
+
+_log = logging.getLogger(__name__)
 
 
 class LogFiles:
@@ -46,6 +49,7 @@ class LogFiles:
         self._clock = clock
         self._files: deque[LogFile] = deque()
         self._spares: list[Path] = []
+        self._torn: list[LogFile] = []
 
     @property
     def active(self) -> LogFile:
@@ -69,16 +73,25 @@ class LogFiles:
         """Open what is in the directory.
 
         Returns:
-            The sequence that follows the last frame (0 without any), that frame's time, and whether every file ended
-            as a file ends: False if something that looked like a frame was damaged.
+            The sequence that follows the last frame (0 without any), that frame's time, and whether every file was
+            sound: False if one has no header, or if something that looked like a frame was damaged. Such a file is set
+            aside, such a frame is passed over; it is for the caller to see that the disks are compared.
 
         Raises:
             ConflictError: a file is another machine's.
-            CorruptionError: a file's header is damaged.
         """
+        for pattern in ("*.spare", "*.new", "*.damaged"):
+            for path in self._directory.glob(pattern):
+                path.unlink()
         sound = True
         for path in sorted(self._directory.glob("*.hrl")):
-            file, found = LogFile.open(path, trust_staging=trust_staging)
+            try:
+                file, found = LogFile.open(path, trust_staging=trust_staging)
+            except CorruptionError as error:
+                _log.error("the change log %s is set aside: %s", path, error.message)
+                os.replace(path, path.with_suffix(".damaged"))
+                sound = False
+                continue
             if file.header.machine_id != self._machine_id:
                 raise ConflictError(
                     f"the change log {path} is machine {file.header.machine_id}'s, not {self._machine_id}'s",
@@ -86,13 +99,19 @@ class LogFiles:
                     ours=str(self._machine_id),
                     theirs=str(file.header.machine_id),
                 )
-            sound = sound and found.torn is None
+            if found.torn is not None:
+                _log.error("the change log %s is damaged at byte %d: %s", path, found.end_offset, found.torn)
+                self._torn.append(file)
+                sound = False
             self._files.append(file)
         self._files = deque(sorted(self._files, key=lambda file: file.first_sequence))
-        for pattern in ("*.spare", "*.new"):
-            for path in self._directory.glob(pattern):
-                path.unlink()
         return max((file.next_sequence for file in self._files), default=0), self._last_time_ns(), sound
+
+    def forget_damage(self) -> None:
+        """The damage that `recover` found was taken note of, durably: do not find it again."""
+        for file in self._torn:
+            changelog.forget_tail(file.data, file.sealed_end)
+        self._torn.clear()
 
     def take(self, sequence: int) -> memoryview | None:
         """Sealed frames, back to back, from the one that holds `sequence` on; None if it is not sealed yet.
@@ -111,7 +130,8 @@ class LogFiles:
             follows = active.next_sequence == next_sequence
             if follows and len(active.data) - active.sealed_end >= wanted:
                 return True
-            if len(self._files) >= self._max_files:
+            # A log that begins anew does so in a file of its own, even behind a full log: it has to say so.
+            if len(self._files) >= self._max_files + (not follows):
                 return False
         path = self._directory / f"changes-{next_sequence:016x}.hrl"
         if self._spares:
