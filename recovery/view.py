@@ -1,0 +1,277 @@
+"""A view: a machine's disks at one point, readable straight from the sealed log.
+
+`read` is for readers at random and keeps the chunks it opened last. `pieces` and `copy` go through a disk in order and
+skip what is zeros; they hold at most `memory_bytes` of its data at a time (see `plan`) and open chunks in threads,
+some fetches under way at once. `copy` also overlaps filling the next window with writing the last one out, and uses
+its two buffers again and again: fresh memory costs as much in page faults as opening the chunks does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from recovery.chunks import CACHE_BYTES, ChunkCache, ChunkSource, MachineLog, close_together
+from recovery.extents import ExtentMap
+from recovery.index import State
+from recovery.plan import BLOCK_BYTES, HOLE_BYTES, Copies, Window, choose_window, windows
+from recovery.records import bytes_from, chunks_of
+from replicar.errors import PermanentError
+from replicar.formats.record import Disk
+from replicar.log.reader import Segment
+
+#: A disk's data in memory while it is materialised (two windows of half of it) is a quarter of what is free, but:
+MIN_MEMORY_BYTES: Final = 128 << 20
+MAX_MEMORY_BYTES: Final = 2 << 30
+#: Batches handed out at once by `copy`; Azure's 60 MiB/s a blob is reached with four requests of 4 MiB.
+SINKS: Final = 4
+#: An offset on the disk and the bytes there.
+Piece = tuple[int, memoryview]
+#: Called with some pieces of together at most 4 MiB; the bytes are the callee's until it returns.
+Sink = Callable[[Sequence[Piece]], Awaitable[None]]
+#: Called with the bytes of data that are done, and all there are.
+Progress = Callable[[int, int], None]
+
+
+class View:
+    """A machine's disks at one point.
+
+    Args:
+        log: where the machine's log is.
+        state: what `points.locate` found.
+        memory_bytes: bound of what `pieces` and `copy` hold at a time, at least two blocks of 4 MiB; None: as this
+            machine allows, see `memory_at_hand`.
+    """
+
+    def __init__(
+        self,
+        log: MachineLog,
+        state: State,
+        *,
+        source: ChunkSource | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        memory_bytes: int | None = None,
+    ) -> None:
+        self.state = state
+        self._source = source or ChunkSource(log)
+        self._cache = ChunkCache(self._source, cache_bytes)
+        self._window_bytes = (memory_bytes or memory_at_hand()) // 2
+
+    @property
+    def disks(self) -> tuple[Disk, ...]:
+        return self.state.disks
+
+    def disk(self, name: str) -> Disk:
+        """The disk of that name.
+
+        Raises:
+            PermanentError: there is none at this point.
+        """
+        for disk in self.state.disks:
+            if disk.name == name:
+                return disk
+        names = ", ".join(disk.name for disk in self.state.disks) or "none"
+        raise PermanentError(f"the machine has no disk {name!r} at this point", hint=f"its disks: {names}", disk=name)
+
+    def data_bytes(self, disk: Disk) -> int:
+        """Bytes of the disk that come from the log; the rest is zeros."""
+        return self._extents(disk).data_bytes
+
+    async def read(self, disk: Disk, offset: int, length: int) -> bytes:
+        """`length` bytes of the disk at `offset`, both in bytes and within the disk.
+
+        Raises:
+            CorruptionError: a chunk that holds some of them fails its seal.
+        """
+        if offset < 0 or length < 0 or offset + length > disk.size_bytes:
+            raise ValueError(f"{length} bytes at {offset} of a disk of {disk.size_bytes}")
+        out = bytearray(length)
+        await fill(self._cache, self.state.segments, self._extents(disk).lookup(offset, length), offset, out)
+        return bytes(out)
+
+    async def pieces(self, disk: Disk) -> AsyncIterator[Piece]:
+        """The disk's data in its order, as (offset, bytes); what is left out is zeros.
+
+        A piece is at most 4 MiB and crosses no multiple of 4 MiB of the disk; its bytes are the caller's to keep.
+        """
+        for window in self._windows(disk, HOLE_BYTES):
+            buffer = memoryview(bytearray(window.buffer_bytes))
+            await self._fill(window, buffer, _ignore)
+            for span in window.spans:
+                yield span.offset, buffer[span.place : span.place + span.length]
+
+    async def copy(
+        self,
+        disk: Disk,
+        sink: Sink,
+        *,
+        sinks: int = SINKS,
+        hole_bytes: int = HOLE_BYTES,
+        progress: Progress | None = None,
+    ) -> None:
+        """Hand every piece of the disk to `sink`, some batches at once, in no particular order; see `pieces`.
+
+        Args:
+            hole_bytes: holes up to this size come as zeros instead of dividing a piece.
+            progress: half of it is for bytes that were opened, half for those that the sink has taken.
+
+        Whatever a sink raises ends the copy and is raised here.
+        """
+        slots, done = asyncio.Semaphore(sinks), _Done(2 * self.data_bytes(disk), progress)
+        free: asyncio.Queue[bytearray] = asyncio.Queue()
+        for _ in range(2):
+            free.put_nowait(bytearray())
+
+        async def put(batch: list[Piece], share: int) -> None:
+            try:
+                await sink(batch)
+                done.add(share)
+            finally:
+                slots.release()
+
+        async def carry(window: Window, buffer: bytearray) -> None:
+            with memoryview(buffer) as view:
+                await self._fill(window, view, done.add)
+                async with asyncio.TaskGroup() as puts:
+                    for batch in _batches(window, view):
+                        share = sum(len(data) for _, data in batch) * window.data_bytes // window.buffer_bytes
+                        await slots.acquire()
+                        puts.create_task(put(batch, share))
+            free.put_nowait(buffer)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for window in self._windows(disk, hole_bytes):
+                    buffer = _cleared(await free.get(), window.buffer_bytes)
+                    group.create_task(carry(window, buffer))
+        except BaseExceptionGroup as failed:
+            raise first_error(failed) from None
+        done.finish()
+
+    def _extents(self, disk: Disk) -> ExtentMap:
+        return self.state.maps.get(disk.index) or ExtentMap.empty()
+
+    def _windows(self, disk: Disk, hole_bytes: int) -> Iterator[Window]:
+        extents, segments = self._extents(disk), self.state.segments
+        window_bytes = choose_window(extents, segments, self._window_bytes)
+        return windows(extents, segments, window_bytes=window_bytes, hole_bytes=hole_bytes)
+
+    async def _fill(self, window: Window, out: memoryview, opened: Callable[[int], None]) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for fetch in window.fetches:
+                    found = self.state.segments[fetch.segment]
+                    by_chunk = {copies.chunk: copies for copies in fetch.copies}
+                    for first, last in close_together(found, list(by_chunk)):
+                        wanted = [copies for index, copies in by_chunk.items() if first <= index <= last]
+                        group.create_task(self._bring(found, first, last, wanted, out, opened))
+        except BaseExceptionGroup as failed:
+            raise first_error(failed) from None
+
+    async def _bring(
+        self,
+        found: Segment,
+        first: int,
+        last: int,
+        wanted: Sequence[Copies],
+        out: memoryview,
+        opened: Callable[[int], None],
+    ) -> None:
+        def open_and_copy(sealed: memoryview) -> None:
+            for copies in wanted:
+                data = memoryview(self._source.open_one(found, copies.chunk, sealed, first))
+                for source, target, length in zip(copies.source, copies.target, copies.length, strict=True):
+                    out[target : target + length] = data[source : source + length]
+
+        await self._source.visit(found, first, last, open_and_copy)
+        opened(sum(sum(copies.length) for copies in wanted))
+
+
+class _Done:
+    """Counts bytes up to `total` for a progress callback that wants half as many."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+        self.add(0)
+
+    def add(self, count: int) -> None:
+        self._done = min(self._done + count, self._total)
+        if self._progress is not None:
+            self._progress(self._done // 2, self._total // 2)
+
+    def finish(self) -> None:
+        self.add(self._total)
+
+
+async def fill(
+    cache: ChunkCache, segments: Mapping[int, Segment], extents: ExtentMap, offset: int, out: bytearray
+) -> None:
+    """Copy the bytes of some extents, all of them within `out`, which begins at `offset` of the disk.
+
+    Raises:
+        CorruptionError: a chunk that holds some of them fails its seal.
+    """
+
+    async def one_segment(number: int, part: ExtentMap) -> None:
+        table = segments[number].table
+        rows = list(zip(part.start.tolist(), part.end.tolist(), part.place.tolist(), strict=True))
+        needed = sorted({i for start, end, place in rows for i in chunks_of(table, place, end - start)})
+        chunks = await cache.get(segments[number], needed)
+        for start, end, place in rows:
+            out[start - offset : end - offset] = bytes_from(table, chunks, place, end - start)
+
+    data = extents.data()
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number in np.unique(data.segment).tolist():
+                group.create_task(one_segment(number, data.of_segment(number)))
+    except BaseExceptionGroup as failed:
+        raise first_error(failed) from None
+
+
+def _batches(window: Window, buffer: memoryview) -> Iterator[list[Piece]]:
+    """The window's spans as pieces, so many together as make up one block."""
+    batch: list[Piece] = []
+    held = 0
+    for span in window.spans:
+        if batch and held + span.length > BLOCK_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append((span.offset, buffer[span.place : span.place + span.length]))
+        held += span.length
+    if batch:
+        yield batch
+
+
+def _cleared(buffer: bytearray, length: int) -> bytearray:
+    """A buffer of zeros of at least that length: the given one, if it is large enough."""
+    if len(buffer) < length:
+        return bytearray(length)
+    np.frombuffer(buffer, dtype=np.uint8, count=length).fill(0)
+    return buffer
+
+
+def _ignore(_: int) -> None:
+    return None
+
+
+def memory_at_hand() -> int:
+    """A quarter of the memory that is available here, within MIN_MEMORY_BYTES and MAX_MEMORY_BYTES."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        available = 0  # no such file outside of Linux
+    return min(max(available // 4, MIN_MEMORY_BYTES), MAX_MEMORY_BYTES)
+
+
+def first_error(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a task group, out of whatever groups it is wrapped in: the others follow from it."""
+    error: BaseException = failed
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

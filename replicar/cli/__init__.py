@@ -1,0 +1,14 @@
+"""`replicar`: the operator's command. One sub-command per thing an operator wants; each is a thin use of other rooms.
+
+app       the sub-commands' place, and the entry point `main`
+settings  where the operator's identity and the storage account are
+console   how results, progress and errors are told, to people and to machines
+access    a machine's log and what opens it, from the config server or from the vault's key
+vault     `status`, `machines`, `protect`, `points`, `tag`
+recover   `recover`
+verify    `verify`
+"""
+
+from replicar.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,5 @@
+"""`python -m replicar.cli` is `replicar`."""
+
+from replicar.cli.app import main
+
+main()

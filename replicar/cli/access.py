@@ -1,0 +1,100 @@
+"""A machine's log and what opens it.
+
+Usually the config server gives the data key, and says how far the log must reach. With the vault's key in a file it is
+not needed at all: every log blob carries the data key wrapped by that key. Then nobody says how far the log must reach,
+so a log that was cut off at its end looks like one that ends there.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from cryptography.hazmat.primitives import keywrap
+
+from recovery.chunks import MachineLog
+from replicar.cli.settings import OperatorSettings
+from replicar.control.files import read_file
+from replicar.control.keys import key_number
+from replicar.errors import PermanentError
+from replicar.log.reader import LogReader
+from replicar.storage.store import PageBlobStore
+from replicar.storage.target import open_store
+
+VAULT_KEY_BYTES: Final = 32
+
+VaultKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--vault-key-file",
+        help="Do without the config server: the vault's key (vault.key of its directory). Needs --machine-id.",
+        show_default=False,
+    ),
+]
+MachineId = Annotated[
+    uuid.UUID | None,
+    typer.Option("--machine-id", help="The machine's id, when the config server is not asked.", show_default=False),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """An opened log; `stored_number` and `stored_digest` are those of the segment last reported as stored, if known."""
+
+    log: MachineLog
+    stored_number: int = 0
+    stored_digest: bytes | None = None
+
+
+@asynccontextmanager
+async def open_machine(
+    settings: OperatorSettings, machine: str, *, vault_key_file: Path | None, machine_id: uuid.UUID | None
+) -> AsyncIterator[Access]:
+    """The machine's log in storage, with its keys.
+
+    Raises:
+        PermanentError: an unknown machine, settings that are not there, a container that is not, a key that does not
+            fit.
+        TransientError: config server or storage are away.
+    """
+    target = settings.target()
+    if vault_key_file is None:
+        async with settings.control() as control:
+            key = await control.key(machine)
+        keys = {key_number(key.key_id): key.data_key_bytes()}
+        async with open_store(target) as store:
+            digest = bytes.fromhex(key.stored_digest) or None
+            yield Access(MachineLog(store, key.machine_id, keys), key.stored_segment or 0, digest)
+        return
+    if machine_id is None:
+        raise PermanentError(
+            "without the config server a machine is known by its id only",
+            hint="add --machine-id; the names under machines/ in the container are the ids there are",
+        )
+    vault_key = read_file(vault_key_file, what="the vault's key", secret=True)
+    async with open_store(target) as store:
+        yield Access(MachineLog(store, machine_id, await _unwrapped(store, machine_id, vault_key, vault_key_file)))
+
+
+async def _unwrapped(store: PageBlobStore, machine_id: uuid.UUID, vault_key: bytes, path: Path) -> dict[int, bytes]:
+    if len(vault_key) != VAULT_KEY_BYTES:
+        raise PermanentError(f"{path} holds {len(vault_key)} bytes; a vault's key has {VAULT_KEY_BYTES}")
+    keys: dict[int, bytes] = {}
+    for run in await LogReader(store, machine_id, {}).runs():
+        header = run.header
+        if header.key_id in keys:
+            continue
+        try:
+            keys[header.key_id] = keywrap.aes_key_unwrap(vault_key, header.wrapped_key)
+        except keywrap.InvalidUnwrap:
+            raise PermanentError(
+                f"the vault's key in {path} does not open the data key of machine {machine_id}",
+                hint="it must be the key of the vault that the machine was enrolled with",
+                path=str(path),
+            ) from None
+    return keys

@@ -1,0 +1,199 @@
+"""`recover`: a machine's disks as they were at a point, as raw files, VHD files, or VHDs in page blobs."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from recovery.chunks import ChunkSource
+from recovery.index import State
+from recovery.moments import format_moment, parse_moment
+from recovery.output import Written, write_raw_file, write_vhd_blob, write_vhd_file
+from recovery.points import AtSequence, Instant, Latest, Named, Request, locate
+from recovery.view import Progress, View
+from replicar.cli.access import Access, MachineId, VaultKeyFile, open_machine
+from replicar.cli.console import Json, Machine, SettingsFile, Telling, duration, row, run, size, table
+from replicar.cli.settings import OperatorSettings, load_settings
+from replicar.errors import PermanentError
+from replicar.formats.record import Disk
+from replicar.storage.store import PageBlobStore
+from replicar.storage.target import open_store
+
+#: Stands for the disk's name in a target's name.
+DISK_MARK = "{disk}"
+
+
+def recover(
+    machine: Machine,
+    point: Annotated[str | None, typer.Option(help="A named point.", show_default=False)] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(help="An instant: 2026-11-22T10:00:00.123456Z, or nanoseconds since 1970.", show_default=False),
+    ] = None,
+    sequence: Annotated[int | None, typer.Option(help="A sequence number.", min=1, show_default=False)] = None,
+    latest: Annotated[bool, typer.Option("--latest", help="All that is stored.")] = False,
+    disk: Annotated[
+        list[str] | None, typer.Option(help="A disk's name; may be given several times.", show_default=False)
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All disks that the machine had then.")] = False,
+    raw: Annotated[
+        str | None, typer.Option(help="Write a raw file; {disk} stands for the disk's name.", show_default=False)
+    ] = None,
+    vhd: Annotated[
+        str | None, typer.Option(help="Write a fixed VHD file; {disk} likewise.", show_default=False)
+    ] = None,
+    blob: Annotated[
+        str | None,
+        typer.Option(help="Write a fixed VHD into a page blob, ready for import; {disk} likewise.", show_default=False),
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option(help="The container for --blob, if not the logs' own.", show_default=False)
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what is there already.")] = False,
+    settings: SettingsFile = None,
+    vault_key_file: VaultKeyFile = None,
+    machine_id: MachineId = None,
+    as_json: Json = False,
+) -> None:
+    """Recover disks of a machine, as they were at one point.
+
+    Say which point (--point, --at, --sequence or --latest), which disks (--disk or --all; not needed for a machine with
+    one disk), and where to (--raw, --vhd or --blob).
+
+    The machine itself is not touched. What is there already is not replaced unless you say so.
+    """
+
+    async def work(telling: Telling) -> None:
+        began = time.monotonic()
+        request = _request(point, at, sequence, latest)
+        kind, target = _target(raw, vhd, blob)
+        loaded = load_settings(settings)
+        async with AsyncExitStack() as stack:
+            access = await stack.enter_async_context(
+                open_machine(loaded, machine, vault_key_file=vault_key_file, machine_id=machine_id)
+            )
+            source = ChunkSource(access.log)
+            view = View(access.log, await _locate(telling, access, request, source), source=source)
+            disks = _disks(view, disk or [], every)
+            names = _names(disks, target)
+            store = await stack.enter_async_context(_blob_store(loaded, container)) if kind == "blob" else None
+            if store is not None and container is not None:
+                await store.ensure_container()
+            written = [
+                await _write(telling, view, item, kind, name, store, replace)
+                for item, name in zip(disks, names, strict=True)
+            ]
+        _tell(telling, machine, access, view, written, kind, time.monotonic() - began)
+
+    run(as_json, work)
+
+
+def _request(point: str | None, at: str | None, sequence: int | None, latest: bool) -> Request:
+    chosen: list[Request] = []
+    if point is not None:
+        chosen.append(Named(point))
+    if at is not None:
+        chosen.append(Instant(parse_moment(at)))
+    if sequence is not None:
+        chosen.append(AtSequence(sequence))
+    if latest:
+        chosen.append(Latest())
+    if len(chosen) != 1:
+        raise PermanentError(
+            "say which point to recover to" if not chosen else "more than one point was asked for",
+            hint="give exactly one of --point NAME, --at TIME, --sequence NUMBER, --latest; "
+            "`replicar points MACHINE` lists what there is",
+        )
+    return chosen[0]
+
+
+def _target(raw: str | None, vhd: str | None, blob: str | None) -> tuple[str, str]:
+    given = [(kind, name) for kind, name in (("raw", raw), ("vhd", vhd), ("blob", blob)) if name is not None]
+    if len(given) != 1:
+        raise PermanentError(
+            "say where to recover to" if not given else "more than one target was given",
+            hint="give exactly one of --raw FILE, --vhd FILE, --blob NAME",
+        )
+    return given[0]
+
+
+async def _locate(telling: Telling, access: Access, request: Request, source: ChunkSource) -> State:
+    with telling.counting("reading the log's tables") as advance:
+        return await locate(
+            access.log,
+            request,
+            stored_number=access.stored_number,
+            stored_digest=access.stored_digest,
+            source=source,
+            reached=lambda number, _: advance(number, access.stored_number),
+        )
+
+
+def _disks(view: View, names: list[str], every: bool) -> list[Disk]:
+    if every and names:
+        raise PermanentError("--all and --disk were both given", hint="give one of them")
+    if names:
+        return [view.disk(name) for name in dict.fromkeys(names)]
+    if not view.disks:
+        raise PermanentError("the machine has no disk at this point", hint="choose another point")
+    if not every and len(view.disks) > 1:
+        there = ", ".join(disk.name for disk in view.disks)
+        raise PermanentError("say which disk to recover", hint=f"give --all, or --disk with one of: {there}")
+    return list(view.disks)
+
+
+def _names(disks: list[Disk], target: str) -> list[str]:
+    if len(disks) > 1 and DISK_MARK not in target:
+        raise PermanentError(
+            f"{len(disks)} disks can't all be written to {target}", hint=f"put {DISK_MARK} where their names should go"
+        )
+    return [target.replace(DISK_MARK, disk.name.replace("/", "_")) for disk in disks]
+
+
+def _blob_store(loaded: OperatorSettings, container: str | None) -> PageBlobStore:
+    return open_store(loaded.target(container))
+
+
+async def _write(
+    telling: Telling, view: View, disk: Disk, kind: str, name: str, store: PageBlobStore | None, replace: bool
+) -> Written:
+    with telling.progress(f"{disk.name} -> {name}") as advance:
+        progress: Progress = advance
+        if store is not None:
+            return await write_vhd_blob(view, disk, store, name, replace=replace, progress=progress)
+        write = write_raw_file if kind == "raw" else write_vhd_file
+        return await write(view, disk, Path(name), replace=replace, progress=progress)
+
+
+def _tell(
+    telling: Telling, machine: str, access: Access, view: View, written: list[Written], kind: str, seconds: float
+) -> None:
+    place = view.state.place
+    data = {
+        "machine": machine,
+        "machine_id": str(access.log.machine_id),
+        "sequence": place.sequence,
+        "time_ns": place.time_ns,
+        "time": format_moment(place.time_ns),
+        "kind": kind,
+        "disks": [asdict(item) for item in written],
+        "seconds": round(seconds, 3),
+    }
+
+    def show(console: Console) -> None:
+        console.print(
+            f"{machine} as it was after sequence {place.sequence}, {format_moment(place.time_ns)}", markup=False
+        )
+        made = table("disk", "target", ">size", ">data")
+        for item in written:
+            row(made, item.disk, item.target, size(item.size_bytes), size(item.data_bytes))
+        console.print(made)
+        console.print(f"in {duration(seconds)}")
+
+    telling.result(data, show)
