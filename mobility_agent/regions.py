@@ -80,6 +80,8 @@ class DirtyRegions:
         self._map[first:last] = 0
 
     def close(self) -> None:
+        """Durably: after a clean stop the map is believed, even if the machine restarts before the kernel wrote it."""
         del self._map
+        self._mapping.flush()
         self._mapping.close()
         os.close(self._fd)

@@ -1,0 +1,223 @@
+"""`mobility-agent`: enrol this machine, run its agent, ask how it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mobility_agent.service import Service
+from mobility_agent.settings import SETTINGS_VARIABLE, load_settings
+from mobility_agent.state import StateDirectory
+from replicar.control.enrolment import enrol as enrol_with
+from replicar.control.enrolment import read_passphrase
+from replicar.control.identity import Role
+from replicar.errors import PermanentError, ReplicarError
+
+#: A status older than this is no status of now.
+STALE_SECONDS: Final = 10.0
+
+_T = TypeVar("_T")
+
+app = typer.Typer(
+    name="mobility-agent",
+    help="Replicates this machine's disks, write by write. First `enrol` the machine, then `run` the agent.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Directory = Annotated[
+    Path, typer.Option("--directory", "-d", help="The agent's state directory, as in its settings.", file_okay=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mobility-agent {metadata.version('replicar')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def enrol(
+    config_server: Annotated[str, typer.Option(help="Where the config server is: host:port.", metavar="HOST:PORT")],
+    passphrase_file: Annotated[
+        Path, typer.Option(help="A copy of the vault's file `passphrase`, mode 0600.", dir_okay=False)
+    ],
+    directory: Directory,
+    name: Annotated[str, typer.Option(help="What the operator calls this machine.")],
+    as_json: Json = False,
+) -> None:
+    """Make this machine known to the vault, and keep its identity in DIRECTORY/identity.
+
+    A name that is known already is enrolled again: it keeps its points, and is compared in full at the next start.
+    """
+    with StateDirectory(directory) as state:
+        identity = _run(
+            lambda: enrol_with(
+                config_server=config_server,
+                role=Role.MACHINE,
+                name=name,
+                passphrase=read_passphrase(passphrase_file),
+                directory=state.identity,
+            )
+        )
+    if as_json:
+        facts = {"machine": identity.name, "machine_id": str(identity.id), "vault": identity.vault}
+        print(json.dumps({**facts, "incarnation": identity.incarnation, "directory": str(directory)}))
+    else:
+        print(f"Enrolled {identity.name} ({identity.id}) with the vault {identity.vault}.")
+        print("Next: write the agent's settings, `mobility-agent run --settings FILE`; then `replicar protect` it.")
+
+
+@app.command()
+def run(
+    settings: Annotated[
+        Path, typer.Option("--settings", "-s", envvar=SETTINGS_VARIABLE, help="The settings, a TOML file.")
+    ] = Path("/etc/replicar/agent.toml"),
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Serve the disks over NBD and replicate what is written to them, until SIGTERM.
+
+    Settings (any of them also as REPLICAR_AGENT_<NAME> in the environment):
+
+    directory = "/var/lib/replicar"   state: identity, change log
+
+    journal_bytes = "4 GiB"   the change log's limit
+
+    journal_file_bytes, seed_bytes_per_second, rate_limit_bytes_per_second, seal_delay_seconds, heartbeat_seconds
+
+    and for each disk a table [[disks]] with name, path, and nbd (a socket path, or host:port on this machine)
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    chosen = load_settings(settings)
+    _run(lambda: _serve(Service(chosen)))
+
+
+@app.command()
+def status(directory: Directory, as_json: Json = False) -> None:
+    """Show how replication stands. Exit status 0 only if the agent runs and says so."""
+    if not directory.is_dir():
+        raise PermanentError(
+            f"there is no directory {directory}",
+            hint="give the `directory` of the agent's settings",
+            path=str(directory),
+        )
+    state = StateDirectory(directory)
+    facts = state.load_status()
+    age = max(time.time_ns() - int(facts.get("time_ns", 0)), 0) / 1e9
+    if not state.is_running() or age > STALE_SECONDS:
+        raise PermanentError(
+            f"no agent runs on {directory}" if not state.is_running() else f"the agent on {directory} hangs",
+            hint=f"its last word is {age:.0f} s old; start it with `mobility-agent run`, and see its log",
+            path=str(directory),
+            status=facts,
+        )
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _show(facts)
+
+
+def _show(facts: dict[str, Any]) -> None:
+    console = Console()
+    sender, control = facts["sender"], facts["config_server"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    behind = facts["captured_sequence"] - facts["stored_sequence"]
+    rows = [
+        ("machine", f"{facts['machine']} ({facts['machine_id']})"),
+        ("state", facts["state"] + (" (inside a gap: no points)" if facts["in_gap"] else "")),
+        ("process server", f"{sender['server'] or 'none assigned'}, {sender['state']}"),
+        (
+            "RPO",
+            f"{facts['rpo_seconds']:.2f} s now, p50 {facts['rpo_p50_seconds']:.2f} s, p99 "
+            f"{facts['rpo_p99_seconds']:.2f} s over ten minutes",
+        ),
+        ("behind", f"{behind:,} changes not in storage"),
+        ("journal", f"{_size(facts['journal_used_bytes'])} of {_size(facts['journal_limit_bytes'])}"),
+        ("captured", f"{_size(facts['bytes_captured'])} since the agent started, sent {_size(facts['bytes_sent'])}"),
+    ]
+    for disk in facts["disks"]:
+        done = 100.0 * (1 - disk["dirty_bytes"] / disk["size_bytes"])
+        rows.append((f"disk {disk['name']}", f"{_size(disk['size_bytes'])}, {done:.1f} % replicated, at {disk['nbd']}"))
+    for what, error in (("not sending", sender["error"]), ("config server", control["error"])):
+        if error is not None:
+            rows.append((what, f"{error['message']}; {error['hint']}" if error["hint"] else error["message"]))
+    for name, text in rows:
+        table.add_row(name, text)
+    console.print(table, soft_wrap=True)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+async def _serve(service: Service) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await service.run(stop)
+
+
+def _run(main: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """Run on uvloop, which halves the cost of TLS, or on asyncio's own loop where it is missing."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(main())
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return asyncio.new_event_loop
+    return new_event_loop
+
+
+def main() -> None:
+    """The command's entry point: an error ends it with a message, the next step, and the error's exit status."""
+    try:
+        app()
+    except ReplicarError as error:
+        if "--json" in sys.argv[1:]:
+            print(json.dumps(error.as_dict()))
+        else:
+            print(f"error: {error.message}", file=sys.stderr)
+            if error.hint:
+                print(f"next step: {error.hint}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The agent's conversation with the config server: what it reports, and what it is told to do.
+
+A heartbeat is a long poll: it is answered when there is news, or when the next one is due. While somebody may be
+waiting for progress (a mark that storage has not got yet, initial replication) the agent reports more often.
+
+The config server may be away for as long as it likes. The sender goes on with the last assignment, which is kept on
+disk; marks and gaps are reported when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from pathlib import Path
+from typing import Final
+
+from mobility_agent.gaps import Gaps
+from mobility_agent.ladder import Ladder
+from mobility_agent.marks import Marks
+from mobility_agent.metrics import Metrics
+from mobility_agent.retry import Backoff
+from mobility_agent.sender import Sender, SenderState
+from mobility_agent.state import StateDirectory
+from replicar.clock import Clock
+from replicar.control.client import ControlClient
+from replicar.control.messages import MAX_WAIT_SECONDS, AgentHeartbeat, AgentInstructions, DiskReport, MachineState
+from replicar.errors import LimitError, ReplicarError, TransientError
+
+DEFAULT_HEARTBEAT_SECONDS: Final = 5.0
+#: How often to report while storage has not got a mark that somebody may be waiting for, and how long that may be.
+MARK_SECONDS: Final = 0.5
+MARK_WAIT_SECONDS: Final = 120.0
+#: How often to report the progress of initial replication.
+PROGRESS_SECONDS: Final = 2.0
+#: Between two heartbeats, whatever the server answers.
+LEAST_SECONDS: Final = 0.1
+RENEWAL_SECONDS: Final = 3600.0
+#: How long the agent takes to say goodbye.
+FAREWELL_SECONDS: Final = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+class Control:
+    """The control loop of one agent.
+
+    Args:
+        client: entered.
+        heartbeat_seconds: how often to report when nothing happens; None leaves it to the config server.
+    """
+
+    def __init__(
+        self,
+        client: ControlClient,
+        state: StateDirectory,
+        ladder: Ladder,
+        sender: Sender,
+        marks: Marks,
+        gaps: Gaps,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        heartbeat_seconds: float | None = None,
+        randomness: random.Random | None = None,
+    ) -> None:
+        self.error: ReplicarError | None = None
+        self._client = client
+        self._state = state
+        self._ladder = ladder
+        self._sender = sender
+        self._marks = marks
+        self._gaps = gaps
+        self._metrics = metrics
+        self._clock = clock
+        self._set_seconds = heartbeat_seconds
+        self._told_seconds = DEFAULT_HEARTBEAT_SECONDS
+        self._randomness = randomness or random.Random()
+        self._backoff = Backoff(first_seconds=0.5, most_seconds=10.0, slow_first_seconds=2.0, slow_most_seconds=60.0)
+        self._renewal_due = 0.0
+        self._assigned = state.load_assignment()
+        sender.assign(self._assigned)
+
+    @property
+    def machine_state(self) -> MachineState:
+        """What the agent is doing, in the words the operator sees."""
+        sender = self._sender.status.state
+        if sender is SenderState.UNASSIGNED:
+            return MachineState.STARTING
+        if sender is not SenderState.STREAMING:
+            return MachineState.DISCONNECTED
+        if self._ladder.in_gap:
+            return MachineState.INITIAL_REPLICATION if self._gaps.is_first else MachineState.RESYNCHRONISING
+        return MachineState.PROTECTED
+
+    async def run(self) -> None:
+        """Report for ever; cancel to stop."""
+        failures = 0
+        first = True
+        while True:
+            begun = self._clock.monotonic()
+            try:
+                await self._renew()
+                # The first one asks for no wait: what is known on disk may be old.
+                instructions = await self._report(0.0 if first else self._interval())
+                failures, first, self.error = 0, False, None
+                await self._follow(instructions)
+                delay = begun + LEAST_SECONDS - self._clock.monotonic()
+            except ReplicarError as error:
+                failures += 1
+                if self.error is None or self.error.message != error.message:
+                    _log.warning("the control loop failed, replication goes on: %s", error)
+                self.error = error
+                delay = self._backoff.delay(failures, error, self._randomness)
+            if delay > 0:
+                await self._clock.sleep(delay)
+
+    async def farewell(self) -> None:
+        """Say that this agent stops; a config server that does not listen is not waited for."""
+        try:
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await self._client.agent_heartbeat(self.heartbeat(0.0, state=MachineState.STOPPED))
+        except (ReplicarError, TimeoutError) as error:
+            _log.info("stopped without a word to the config server: %s", error)
+
+    def heartbeat(self, wait_seconds: float, *, state: MachineState | None = None) -> AgentHeartbeat:
+        """The report as things are."""
+        log, sender, metrics = self._ladder.log, self._sender.status, self._metrics
+        middle, high = metrics.rpo_percentiles()
+        return AgentHeartbeat(
+            time_ns=self._clock.now_ns(),
+            state=str(state or self.machine_state),
+            captured_sequence=log.next_sequence - 1,
+            received_sequence=sender.received_sequence,
+            stored_sequence=sender.stored_sequence,
+            rpo_seconds=metrics.rpo_seconds,
+            rpo_p50_seconds=middle,
+            rpo_p99_seconds=high,
+            bytes_captured=log.bytes_captured,
+            bytes_sent=metrics.bytes_sent,
+            disks=self._disks(),
+            marks=self._marks.reports(),
+            gaps=self._gaps.reports(),
+            refusals=self._marks.refusals(),
+            ordered_from=self._gaps.ordered_from,
+            wait_seconds=wait_seconds,
+        )
+
+    def _disks(self) -> tuple[DiskReport, ...]:
+        return tuple(
+            DiskReport(
+                index=disk.index,
+                name=disk.name,
+                size_bytes=disk.size_bytes,
+                seed_total_bytes=disk.size_bytes,
+                seed_done_bytes=disk.size_bytes - self._ladder.regions[disk.index].dirty_bytes,
+            )
+            for disk in self._ladder.disks.values()
+        )
+
+    def _interval(self) -> float:
+        """How long the config server may hold its answer."""
+        seconds = self._set_seconds if self._set_seconds is not None else self._told_seconds
+        mark = self._marks.latest
+        recent_ns = self._clock.now_ns() - int(MARK_WAIT_SECONDS * 1e9)
+        if mark is not None and mark.sequence > self._ladder.log.stored_sequence and mark.time_ns > recent_ns:
+            seconds = min(seconds, MARK_SECONDS)
+        if self._ladder.in_gap:
+            seconds = min(seconds, PROGRESS_SECONDS)
+        return min(seconds, MAX_WAIT_SECONDS)
+
+    async def _report(self, wait_seconds: float) -> AgentInstructions:
+        heartbeat = self.heartbeat(wait_seconds)
+        instructions = await self._client.agent_heartbeat(heartbeat)
+        self._marks.acknowledged(heartbeat.marks, heartbeat.refusals)
+        self._gaps.acknowledged(heartbeat.gaps)
+        return instructions
+
+    async def _follow(self, instructions: AgentInstructions) -> None:
+        """Do what the config server says.
+
+        Raises:
+            ReplicarError: something can't be done now; it will be said again.
+        """
+        self._told_seconds = max(instructions.heartbeat_seconds, LEAST_SECONDS)
+        if instructions.assignment != self._assigned:
+            self._sender.assign(instructions.assignment)
+            await asyncio.to_thread(self._state.save_assignment, instructions.assignment)
+            self._assigned = instructions.assignment
+        failed: ReplicarError | None = None
+        for command in instructions.commands:
+            try:
+                await self._marks.carry_out(command)
+            except LimitError as error:
+                failed = error
+            except OSError as error:  # the agent goes on serving its disks, which matters more
+                failed = TransientError(
+                    f"the change log can't be made durable for the mark {command.name!r}: {error.strerror or error}",
+                    hint="look at the kernel's log for what is wrong with the disk under the agent's directory",
+                )
+        if failed is not None:
+            raise failed
+
+    async def _renew(self) -> None:
+        """Have the certificate renewed in time; looked at once an hour."""
+        now = self._clock.monotonic()
+        if now < self._renewal_due:
+            return
+        renewed = await self._client.renew_if_due()
+        self._renewal_due = now + RENEWAL_SECONDS
+        if renewed is not None:
+            _log.info("the certificate was renewed")
+            self._sender.use_certificate(renewed)
+
+
+def regions_path(state: StateDirectory, index: int) -> Path:
+    """Where the map of a disk's dirty regions lies: beside the log, and removed with it."""
+    return state.log / f"disk-{index}.regions"
