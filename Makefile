@@ -1,0 +1,43 @@
+# The workshop. `make` alone lists what can be made.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format types pytest bench soak clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
+
+setup: ## virtual environment, packages, Azurite (PYTHON=python3.12 to choose one)
+	@PYTHON="$(PYTHON)" setup/setup.sh
+
+demo: setup ## the whole story on this machine, under two minutes
+	@$(BIN)/replicar demo
+
+test: lint types pytest ## what has to pass before a change is shown to anybody
+
+lint: setup ## style and likely mistakes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup ## every room under mypy, strict
+	$(BIN)/mypy
+
+pytest: setup ## the tests alone
+	$(BIN)/pytest
+
+bench: setup ## the benchmarks, one JSON object each
+	$(BIN)/python -m bench limit --json
+	$(BIN)/python -m bench datapath --json
+
+soak: setup ## the long tests
+	$(BIN)/pytest -m soak -o session_timeout=0 --timeout 0
+
+clean: ## remove everything that was made here
+	rm -rf .venv .azurite .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
