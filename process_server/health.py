@@ -1,0 +1,110 @@
+"""What the process server counts and reports, as data: for heartbeats, for `process-server status`, for tests.
+
+Counters are plain attributes, raised where things happen; nobody logs on the hot path.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from replicar.control.files import PUBLIC_MODE, read_file, write_file
+from replicar.errors import PermanentError, ReplicarError
+
+STATUS_FILE: Final = "status.json"
+
+
+@dataclass(slots=True)
+class Counters:
+    """Of one machine since this process started."""
+
+    bytes_received: int = 0  # whole, verified frames
+    bytes_stored: int = 0  # of those, in storage; uncompressed
+    bytes_uploaded: int = 0  # what that came to, compressed and sealed
+    frames: int = 0
+    segments: int = 0
+    connections: int = 0
+    resends: int = 0
+    bytes_dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MachineHealth:
+    """One machine now. `error` is what stands in the way, as `ReplicarError.as_dict` gives it."""
+
+    machine_id: uuid.UUID
+    name: str
+    state: str
+    epoch: int
+    incarnation: int
+    connected: bool
+    received_sequence: int = 0
+    stored_sequence: int = 0
+    stored_segment: int = 0
+    stored_digest: str = ""
+    pending_bytes: int = 0
+    counters: Counters = field(default_factory=Counters)
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerHealth:
+    """The whole server now. `errors` says what stands in its way besides what machines say: an error for each part."""
+
+    time_ns: int
+    host: str
+    port: int
+    cache_bytes: int
+    cache_bytes_free: int
+    machines: tuple[MachineHealth, ...]
+    errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        data = asdict(self)
+        for machine in data["machines"]:
+            machine["machine_id"] = str(machine["machine_id"])
+        return data
+
+    def save(self, directory: Path) -> None:
+        """Write it where `process-server status` looks; readers see the old or the new one."""
+        write_file(directory / STATUS_FILE, (json.dumps(self.as_dict()) + "\n").encode(), mode=PUBLIC_MODE)
+
+
+def load_status(directory: Path) -> dict[str, Any]:
+    """The status that a server wrote last, as `ServerHealth.as_dict` gave it.
+
+    Raises:
+        PermanentError: no server has run in `directory`.
+    """
+    path = directory / STATUS_FILE
+    hint = "is this the process server's `directory`, and has `process-server run` been started?"
+    try:
+        status = json.loads(read_file(path, what="the status", hint=hint))
+    except ValueError:
+        status = None
+    if not isinstance(status, dict):
+        raise PermanentError(f"{path} holds no status", hint=hint, path=str(path))
+    return status
+
+
+def stored_numbers(directory: Path) -> dict[tuple[uuid.UUID, int], int]:
+    """Machine and incarnation to a segment number that was in storage when this server last wrote its status.
+
+    A lower bound is all that is asked of it, so an older status, or none, does no harm.
+    """
+    try:
+        machines = load_status(directory)["machines"]
+        return {
+            (uuid.UUID(each["machine_id"]), int(each["incarnation"])): int(each["stored_segment"]) for each in machines
+        }
+    except (PermanentError, KeyError, ValueError, TypeError):
+        return {}
+
+
+def error_data(error: ReplicarError | None) -> dict[str, Any] | None:
+    """An error as data; None for none."""
+    return None if error is None else json.loads(json.dumps(error.as_dict(), default=str))

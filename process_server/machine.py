@@ -1,0 +1,366 @@
+"""One machine's life in this server: its log taken over, its cache taken up, its connection, its errors.
+
+    OPENING   taking the log over; a connection waits for its WELCOME
+    RUNNING   receiving, sealing, storing
+    WAITING   storage is in the way: what comes is still received into the cache, the log is opened again in a while
+    REFUSING  going on would harm (the log in storage lost what it had acknowledged): connections are refused, nothing
+              is held that others may need, the log is looked at again in a while, in case somebody brings it back
+    FENCED    somebody newer owns the stream: nothing more is written, ever, under this assignment
+
+Every error stands in `error` until it is over, and goes to the agent where the agent has to know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, Protocol
+
+from process_server.admission import admit
+from process_server.cache import CacheFile, SlotHeader
+from process_server.commit import Committer
+from process_server.health import Counters, MachineHealth, error_data
+from process_server.logwriter import LogLimits, LogWriter, Writer
+from process_server.pipeline import SEALED_AHEAD, CacheDamage, Pipeline
+from process_server.recovery import take_up
+from process_server.sealer import Sealer
+from process_server.slots import Slots
+from process_server.stream import LOST_LOG_HINT, Cutting, Slot, Stream
+from replicar.clock import Clock
+from replicar.errors import (
+    ConflictError,
+    CorruptionError,
+    FencedError,
+    ReplicarError,
+    TransientError,
+)
+from replicar.formats.wire import Hello, Welcome
+from replicar.log.reader import Tail
+from replicar.storage.store import PageBlobStore
+
+#: Until the log is opened again: at first, and at most.
+REOPEN_SECONDS: Final = 1.0
+LONGEST_REOPEN_SECONDS: Final = 60.0
+#: What giving leases back may take.
+RELEASE_SECONDS: Final = 5.0
+
+
+class MachineState(StrEnum):
+    OPENING = "opening"
+    RUNNING = "running"
+    WAITING = "waiting"
+    REFUSING = "refusing"
+    FENCED = "fenced"
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A machine that this server serves."""
+
+    name: str
+    writer: Writer
+    incarnation: int = 0
+
+    @property
+    def machine_id(self) -> uuid.UUID:
+        return self.writer.machine_id
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What the settings say about a machine's stream."""
+
+    segment_age_seconds: float = 0.2
+    uploads: int = 4
+    log: LogLimits = field(default_factory=LogLimits)
+    reopen_seconds: float = REOPEN_SECONDS
+
+    def cutting(self) -> Cutting:
+        age = self.segment_age_seconds
+        return Cutting(age_seconds=age, idle_age_seconds=age / 4, in_flight=self.uploads + SEALED_AHEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What all machines of this server share."""
+
+    store: PageBlobStore
+    cache: CacheFile
+    slots: Slots
+    committer: Committer
+    sealer: Sealer
+    clock: Clock
+    tuning: Tuning
+
+
+class Agent(Protocol):
+    """A machine's connection, as far as the machine knows it."""
+
+    def welcome(self, welcome: Welcome) -> None:
+        """Frames may come."""
+
+    def progress(self) -> None:
+        """Received or stored moved."""
+
+    def refuse(self, error: ReplicarError) -> None:
+        """Say why, and hang up."""
+
+
+class Machine:
+    """See the module.
+
+    Args:
+        leftovers: this machine's slots from an earlier life.
+        stored_number: a segment that is known to be in storage (0: none); a log that ends before it has lost something.
+    """
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        workshop: Workshop,
+        leftovers: list[tuple[int, SlotHeader]] | None = None,
+        *,
+        stored_number: int = 0,
+    ) -> None:
+        self.assignment = assignment
+        self.workshop = workshop
+        self.state = MachineState.OPENING
+        self.error: ReplicarError | None = None
+        self.counters = Counters()
+        self.stream: Stream | None = None
+        self._agent: Agent | None = None
+        self._hello: Hello | None = None  # of an agent that waits for its WELCOME
+        self._pipeline: Pipeline | None = None
+        self._log: LogWriter | None = None
+        self._leftovers = leftovers or []
+        self._damage: CacheDamage | None = None
+        self._stored_number = stored_number
+
+    # --- the agent's side ---
+
+    def attach(self, agent: Agent, hello: Hello) -> None:
+        """A connection of this machine said HELLO; an older one has to go."""
+        if self._agent is not None:
+            older, self._agent = self._agent, None
+            older.refuse(
+                TransientError(f"a newer connection of machine {self.assignment.name} takes over from this one")
+            )
+        self.counters.connections += 1
+        self._agent, self._hello = agent, hello
+        if self.state in (MachineState.FENCED, MachineState.REFUSING):
+            assert self.error is not None
+            self._refuse(self.error)
+        elif self.stream is not None:
+            self._welcome(self.stream)
+
+    def detach(self, agent: Agent) -> None:
+        """A connection is gone."""
+        if self._agent is agent:
+            self._agent = self._hello = None
+
+    def waiting_error(self) -> ReplicarError:
+        """What to tell an agent that has waited long enough for its WELCOME."""
+        if self.error is not None:
+            return self.error
+        return TransientError(f"the log of machine {self.assignment.name} is still being opened", hint="it tries again")
+
+    def received(self, *, news: bool) -> None:
+        """Frames were appended to the stream; with `news`, the pipeline may have something to do."""
+        assert self.stream is not None
+        self.workshop.committer.mark(self.stream, self._progress)
+        if news and self._pipeline is not None:
+            self._pipeline.wake()
+
+    # --- life ---
+
+    async def run(self) -> None:
+        """Serve the machine until cancelled, or for good when it is fenced."""
+        pause = self.workshop.tuning.reopen_seconds
+        try:
+            while True:
+                began = self.workshop.clock.monotonic()
+                try:
+                    await self._serve()
+                except FencedError as error:
+                    self._stop(error)
+                    return
+                except CacheDamage as damage:
+                    self._damage = damage
+                    self._refuse(TransientError(f"{damage.error.message}; send it again"))
+                except (ConflictError, CorruptionError) as error:
+                    self.state, self.error = MachineState.REFUSING, error
+                    self._refuse(error)
+                    self._let_go()
+                except ReplicarError as error:
+                    self.state, self.error = MachineState.WAITING, error
+                if self.workshop.clock.monotonic() - began > LONGEST_REOPEN_SECONDS:
+                    pause = self.workshop.tuning.reopen_seconds  # it went well for a while
+                await self.workshop.clock.sleep(pause)
+                pause = min(2 * pause, LONGEST_REOPEN_SECONDS)
+        finally:
+            self._refuse(
+                TransientError(
+                    f"this process server stops serving machine {self.assignment.name}",
+                    hint="the agent tries again by itself, here or where the config server sends it",
+                )
+            )
+            self._let_go()
+
+    async def drain(self) -> None:
+        """Store everything that was received; returns when that is done (the caller bounds it)."""
+        while self.stream is not None and self.state is not MachineState.FENCED:
+            self.stream.flush()
+            if self._pipeline is not None:
+                self._pipeline.wake()
+            if not self.stream.pending_bytes:
+                break
+            await self.workshop.clock.sleep(0.02)
+
+    async def close(self) -> None:
+        """After `run` has ended: give the log's leases back."""
+        log, self._log = self._log, None
+        if log is not None:
+            with suppress(TimeoutError):  # the next writer breaks what is not given back
+                async with asyncio.timeout(RELEASE_SECONDS):
+                    await log.close()
+
+    def health(self) -> MachineHealth:
+        stream, tail = self.stream, self._pipeline.tail if self._pipeline is not None else None
+        return MachineHealth(
+            machine_id=self.assignment.machine_id,
+            name=self.assignment.name,
+            state=str(self.state),
+            epoch=self.assignment.writer.epoch,
+            incarnation=self.assignment.incarnation,
+            connected=self._agent is not None,
+            received_sequence=stream.received_sequence if stream is not None else 0,
+            stored_sequence=stream.stored_sequence if stream is not None else 0,
+            stored_segment=tail.number if tail is not None else self._stored_number,
+            stored_digest=tail.digest.hex() if tail is not None and tail.number else "",
+            pending_bytes=stream.pending_bytes if stream is not None else 0,
+            counters=self.counters,
+            error=error_data(self.error),
+        )
+
+    async def _serve(self) -> None:
+        shop, writer = self.workshop, self.assignment.writer
+        log = await LogWriter.open(
+            shop.store,
+            writer,
+            shop.tuning.log,
+            shop.clock,
+            keys={writer.key_id: writer.data_key},
+            accept=self._accept,
+        )
+        self._log = log
+        if self.stream is None:
+            self.stream = await self._first_stream(log.tail.sequence)
+        else:
+            shop.slots.settle(self.stream, self.stream.restart(log.tail.sequence))
+        if self._damage is not None:
+            damage, self._damage = self._damage, None
+            shop.slots.settle(self.stream, self.stream.truncate(damage.damaged))
+        self._pipeline = Pipeline(
+            self.stream,
+            log,
+            writer,
+            sealer=shop.sealer,
+            slots=shop.slots,
+            cache=shop.cache,
+            clock=shop.clock,
+            counters=self.counters,
+            uploads=shop.tuning.uploads,
+            on_stored=self._progress,
+            on_error=self._upload_error,
+        )
+        self.state, self.error = MachineState.RUNNING, None
+        if self._agent is not None and self._hello is not None:
+            self._welcome(self.stream)
+        await self._pipeline.run()
+
+    def _accept(self, tail: Tail) -> None:
+        """Whether the log can end here.
+
+        Raises:
+            ConflictError: more than this was once acknowledged.
+        """
+        if self.stream is not None:
+            self.stream.check_log(tail.sequence)
+        elif tail.number < self._stored_number:
+            raise ConflictError(
+                f"the log of machine {self.assignment.name} in storage ends at segment {tail.number}, but segment "
+                f"{self._stored_number} was stored",
+                hint=LOST_LOG_HINT,
+                ours=self._stored_number,
+                theirs=tail.number,
+                machine_id=str(self.assignment.machine_id),
+            )
+
+    async def _first_stream(self, stored_sequence: int) -> Stream:
+        """A stream that goes on where storage and what the cache still has end."""
+        shop, machine_id = self.workshop, self.assignment.machine_id
+        leftovers = self._leftovers
+        found = await shop.sealer.run(take_up, shop.cache, leftovers, machine_id, stored_sequence)
+        self._leftovers = []
+        stream = Stream(machine_id, stored_sequence, shop.tuning.cutting())
+        now = shop.clock.monotonic()
+        for each in found:
+            slot = Slot(each.index, each.header.serial, each.header.first_sequence, None)
+            stream.adopt(slot, each.headers, each.start, now)
+        used = {each.index for each in found}
+        for index, _ in leftovers:
+            if index not in used:
+                shop.slots.release_index(index)
+        return stream
+
+    def _welcome(self, stream: Stream) -> None:
+        agent, hello, self._hello = self._agent, self._hello, None
+        assert agent is not None
+        assert hello is not None
+        try:
+            agent.welcome(admit(hello, stream.next_sequence, stream.stored_sequence))
+        except ReplicarError as error:
+            self.error = error
+            self._refuse(error)
+        else:
+            if self.state is MachineState.RUNNING:
+                self.error = None
+
+    def _refuse(self, error: ReplicarError) -> None:
+        agent, self._agent, self._hello = self._agent, None, None
+        if agent is not None:
+            agent.refuse(error)
+
+    def _progress(self) -> None:
+        if self._agent is not None:
+            self._agent.progress()
+
+    def _upload_error(self, error: ReplicarError | None) -> None:
+        if isinstance(self.error, ConflictError) and error is None:
+            return  # what the agent was refused for still stands
+        self.error = error
+
+    def _stop(self, error: FencedError) -> None:
+        """Nothing of this stream may be written any more, nor need it be kept: the newer writer's agent has it."""
+        self.state, self.error = MachineState.FENCED, error
+        self._refuse(error)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give slots and buffers back; what was not stored is the agent's to send again."""
+        if self._pipeline is not None:
+            self._stored_number = max(self._stored_number, self._pipeline.tail.number)
+        stream, self.stream, self._pipeline, self._damage = self.stream, None, None, None
+        if stream is not None:
+            self.workshop.slots.settle(stream, stream.abandon())
+        for index, _ in self._leftovers:
+            self.workshop.slots.release_index(index)
+        self._leftovers = []
+
+
+#: What finds a machine by the id in its certificate.
+MachineFinder = Callable[[uuid.UUID], Machine | None]

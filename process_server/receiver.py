@@ -1,0 +1,217 @@
+"""Where received bytes move: from the transport into the slot that is cached and sealed, parsed there, in place.
+
+Bytes are copied only
+
+- when a slot is full: the beginning of the next frame, which came with the end of the last one (256 KiB at most);
+- when a machine was idle and has no slot: its first read, from a scratch buffer (32 KiB at most);
+- when there is no slot or buffer to be had: those same bytes, kept aside until there is.
+
+When there is none to be had, reading stops, and with it, by TCP, the agent; nothing is dropped.
+
+Bounds: a connection may make us ask for so many repeats, and have us drop so many bytes while it finds its place again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from process_server.intake import Accept, Begin, Drop, Intake, Wait
+from process_server.machine import Machine
+from process_server.slots import Slots
+from process_server.stream import Slot, Stream
+from replicar.errors import CorruptionError, ReplicarError
+from replicar.formats.wire import Message, Resend
+
+#: A connection that needs more repeats than this is not an accident.
+MAX_RESENDS: Final = 16
+#: Asked for and not come: ask again.
+REPEAT_SECONDS: Final = 5.0
+#: What may be dropped while waiting for a repeat: what was under way, and a good deal more.
+MAX_DROPPED_BYTES: Final = 64 << 20
+
+
+class Line(Protocol):
+    """The connection, as far as a receiver knows it."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def say(self, message: Message) -> None: ...
+
+    def refuse(self, error: ReplicarError) -> None: ...
+
+
+class Receiver:
+    """One connection's receiving end, from WELCOME on.
+
+    Args:
+        now: monotonic seconds.
+        wanted: what WELCOME asked for; beyond the stream's own next sequence when the agent's log begins anew.
+    """
+
+    def __init__(self, machine: Machine, line: Line, slots: Slots, now: Callable[[], float], wanted: int) -> None:
+        assert machine.stream is not None
+        self._machine, self._line, self._slots, self._now = machine, line, slots, now
+        self._stream: Stream = machine.stream
+        self._intake = Intake(machine.assignment.machine_id, self._stream.next_sequence)
+        self._wanted = wanted
+        self._aside = b""  # received, and in no slot
+        self._is_blocked = False  # there is no slot to receive into
+        self._is_closed = False
+        self._needed = 1  # unparsed bytes before which parsing has nothing to do
+        self._resends = 0
+        self._asked = 0.0  # when
+        self._dropped = 0
+
+    def progress(self) -> tuple[int, int]:
+        """Received and stored, as an acknowledgement says them."""
+        return self._stream.received_sequence, self._stream.stored_sequence
+
+    def nudge(self) -> None:
+        """Called now and then: ask again for what was asked for and never came (its header may be what is damaged)."""
+        if self._intake.is_seeking and self._now() >= self._asked + REPEAT_SECONDS:
+            self._ask("it has not come yet")
+
+    def buffer(self) -> memoryview | None:
+        """Where the next bytes go; None for a scratch buffer, of which they are copied."""
+        slot = self._stream.open_slot
+        return slot.buffer[slot.filled :] if slot is not None and slot.buffer is not None else None
+
+    def received(self, count: int, scratch: memoryview) -> None:
+        """So many bytes came to where `buffer` said, or into `scratch`."""
+        slot = self._stream.open_slot
+        if slot is not None:
+            slot.filled += count
+            self._parse(slot)
+        elif self._is_blocked:
+            self._aside += bytes(scratch[:count])  # what the transport had decrypted already
+        else:
+            self._place(bytes(scratch[:count]))
+
+    def close(self) -> None:
+        """The connection is over; half a frame is nobody's."""
+        self._is_closed, self._aside = True, b""
+        slot = self._stream.open_slot
+        if slot is not None:
+            slot.filled = slot.parsed
+
+    def _place(self, data: bytes) -> None:
+        """Bytes that are in no slot: find one for them, or stop reading until there is one."""
+        slot = self._slots.take(self._stream.next_sequence)
+        if slot is None:
+            self._block(data)
+            return
+        self._stream.open(slot)
+        _fill(slot, data)
+        self._parse(slot)
+
+    def _block(self, data: bytes) -> None:
+        self._aside, self._is_blocked = data, True
+        self._line.pause()
+        self._slots.wait(self._unblock)
+
+    def _unblock(self) -> None:
+        if self._is_closed or not self._is_blocked:
+            return
+        data, self._aside, self._is_blocked = self._aside, b"", False
+        self._place(data)
+        if not self._is_blocked:
+            self._line.resume()
+
+    def _parse(self, slot: Slot) -> None:
+        """Take whole frames out of the slot's unparsed bytes, in place. The hot path."""
+        intake, stream, counters = self._intake, self._stream, self._machine.counters
+        assert slot.buffer is not None
+        at, frames, news, now = slot.parsed, 0, False, 0.0
+        while slot.filled - at >= self._needed:
+            step = intake.step(slot.buffer[: slot.filled], at)
+            self._needed = 1
+            if isinstance(step, Accept):
+                now = now or self._now()
+                news |= stream.append(step.header, now)
+                counters.bytes_received += step.header.frame_bytes
+                frames, at, self._dropped = frames + 1, slot.parsed, 0
+            elif isinstance(step, Begin):
+                at = _close_up(slot, at)
+                if not stream.has_room(step.header):
+                    following = self._roll(slot)
+                    if following is None:
+                        break
+                    slot, at = following, 0
+                    assert slot.buffer is not None
+            elif isinstance(step, Drop):
+                at += step.count
+                self._note(step)
+            elif isinstance(step, Wait):
+                self._needed = step.count
+            if self._is_closed:
+                break
+        if not self._is_blocked and not self._is_closed:
+            _close_up(slot, at)
+        if frames:
+            counters.frames += frames
+            self._machine.received(news=news)
+
+    def _roll(self, slot: Slot) -> Slot | None:
+        """Go on in another slot, with what is unparsed in this one; None if there is none (reading stops then)."""
+        assert slot.buffer is not None
+        rest = slot.buffer[slot.parsed : slot.filled]
+        following = self._slots.take(self._stream.next_sequence)
+        if following is None:
+            self._block(bytes(rest))
+        else:
+            _fill(following, rest)
+        self._stream.close()
+        if following is not None:
+            self._stream.open(following)
+        self._slots.settle(self._stream, [slot])
+        return following
+
+    def _note(self, step: Drop) -> None:
+        """Count what is dropped and ask for a repeat, or hang up when that was once too often."""
+        counters = self._machine.counters
+        counters.bytes_dropped += step.count
+        self._dropped += step.count
+        if step.resend:
+            self._ask(step.resend)
+        elif self._dropped > MAX_DROPPED_BYTES:
+            self._give_up("other frames come instead")
+
+    def _ask(self, why: str) -> None:
+        self._resends += 1
+        self._asked = self._now()
+        self._machine.counters.resends += 1
+        if self._resends > MAX_RESENDS:
+            self._give_up(why)
+        else:
+            self._line.say(Resend(self._due(), why))
+
+    def _give_up(self, why: str) -> None:
+        name = self._machine.assignment.name
+        self._line.refuse(
+            CorruptionError(
+                f"machine {name} does not send sequence {self._due()} sound and in order: {why}",
+                hint="look at the agent's log; `mobility-agent status` shows what its change log holds",
+            )
+        )
+
+    def _due(self) -> int:
+        return max(self._intake.next_sequence, self._wanted)
+
+
+def _fill(slot: Slot, data: bytes | memoryview) -> None:
+    assert slot.buffer is not None
+    slot.buffer[: len(data)] = data
+    slot.filled = len(data)
+
+
+def _close_up(slot: Slot, at: int) -> int:
+    """Move unparsed bytes from `at` to where the parsed ones end, over what was dropped; returns that place."""
+    if at != slot.parsed:
+        assert slot.buffer is not None
+        rest = slot.filled - at
+        slot.buffer[slot.parsed : slot.parsed + rest] = bytes(slot.buffer[at : slot.filled])
+        slot.filled = slot.parsed + rest
+    return slot.parsed

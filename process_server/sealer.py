@@ -1,0 +1,102 @@
+"""The threads that compress and encrypt: zstd and AES-GCM release the interpreter's lock, so all cores are used.
+
+Each thread keeps its compressor. What is sealed lies in buffers of a pool, one segment each, until it is uploaded; the
+pool is the limit of what all machines together have between cache and storage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, ParamSpec, TypeVar
+
+import zstandard
+
+from process_server.buffers import BufferPool
+from replicar.errors import CorruptionError
+from replicar.formats import frame, segment
+from replicar.formats.frame import Frame
+from replicar.formats.segment import Position, SealedChunks
+
+#: 64 MiB: four uploads for each of four machines at full speed; more machines take turns.
+SEALED_BUFFERS: Final = 16
+
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
+Frames = list[tuple[int, Frame]]
+
+
+class Sealer:
+    """Seals segments for all machines.
+
+    Args:
+        level: zstd's; -7 to 19, 0 stores as it is.
+        salt: gives 32 fresh random bytes.
+    """
+
+    def __init__(self, level: int, *, threads: int | None = None, salt: Callable[[], bytes] | None = None) -> None:
+        self.out = BufferPool(segment.MAX_SEGMENT_BYTES, SEALED_BUFFERS)
+        self._level = level
+        self._salt = salt or _random_salt
+        self._local = threading.local()
+        self._threads = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="seal")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+    async def run(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Run `work` in a thread. Cancelled or not, it returns only when the thread is done with its buffers."""
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._threads, lambda: work(*args, **kwargs))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                await asyncio.wait([future])
+            future.exception()  # looked at, so that nobody reports it as forgotten
+            raise
+
+    def seal(
+        self, raw: memoryview, position: Position, data_key: bytes, key_id: int, out: memoryview, *, verify: bool
+    ) -> tuple[SealedChunks, Frames]:
+        """Compress and encrypt a run of frames into `out`; in a thread (see `run`).
+
+        Args:
+            verify: check every frame again, because the run was away from memory since it was received.
+
+        Raises:
+            CorruptionError: it is not what was received.
+        """
+        frames = list(frame.frames_in(raw)) if verify else _walk(raw)
+        first, last = frames[0][1].header, frames[-1][1].header
+        if first.first_sequence != position.first_sequence or last.last_sequence != position.last_sequence:
+            raise CorruptionError(f"the cache holds another run than {position.first_sequence}")
+        chunks = segment.seal_chunks(raw, position, data_key, self._salt(), self._compressor(), key_id=key_id, out=out)
+        return chunks, frames
+
+    def _compressor(self) -> zstandard.ZstdCompressor | None:
+        if not self._level:
+            return None
+        compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
+        if compressor is None:
+            compressor = self._local.compressor = zstandard.ZstdCompressor(level=self._level)
+        return compressor
+
+
+def _walk(raw: memoryview) -> Frames:
+    """The frames of a run that was verified as it came in and has not left memory since."""
+    frames: Frames = []
+    offset = 0
+    while offset < len(raw):
+        header = frame.read_header(raw, offset)
+        assert header is not None, "a run consists of whole frames"
+        frames.append((offset, Frame(header, raw[offset : offset + header.frame_bytes])))
+        offset += header.frame_bytes
+    return frames
+
+
+def _random_salt() -> bytes:
+    return os.urandom(segment.SALT_BYTES)

@@ -1,0 +1,105 @@
+"""Who holds which slot of the cache file and which buffer in memory, and who waits for one.
+
+A slot in use has a place in the file; it has a buffer too while it is received into or sealed from. When buffers are
+short, slots that lie in the file whole give theirs up, the newest first (it will be sealed last), and are read back
+into a few buffers kept for that alone: so a cache larger than memory can't lock itself up.
+
+When the file is full, or every buffer is in use, a receiver gets nothing and waits here in line: it stops reading from
+its connection, so the agent keeps what it has. Nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from process_server.buffers import BufferPool
+from process_server.cache import PAYLOAD_BYTES, SLOT_BYTES
+from process_server.stream import Slot, Stream
+
+#: Buffers set aside for reading back what is in the file alone: one for each of a few segments under way.
+READBACK_BUFFERS: Final = 4
+
+
+class Slots:
+    """All slots of one cache file.
+
+    Args:
+        count: slots in the file.
+        buffers_bytes: memory for receiving; at least one buffer, whatever this says.
+        next_serial: larger than any serial in the file.
+    """
+
+    def __init__(self, count: int, buffers_bytes: int, *, next_serial: int = 1) -> None:
+        self.count = count
+        self.readback = BufferPool(PAYLOAD_BYTES, READBACK_BUFFERS)
+        self._buffers = BufferPool(PAYLOAD_BYTES, max(1, min(count, buffers_bytes // PAYLOAD_BYTES)))
+        self._next_serial = next_serial
+        self._free = list(range(count))  # a heap: low places are used again and again, high ones seldom
+        self._cold: dict[Slot, None] = {}
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    @property
+    def free_bytes(self) -> int:
+        return len(self._free) * SLOT_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        return self.count * SLOT_BYTES
+
+    def claim(self, indices: Iterable[int]) -> None:
+        """These places hold what an earlier life left; they are in use until their slots are settled."""
+        taken = set(indices)
+        self._free = [index for index in self._free if index not in taken]
+        heapq.heapify(self._free)
+
+    def take(self, first_sequence: int) -> Slot | None:
+        """A slot with a buffer, to receive into; None when there is none now."""
+        if not self._free:
+            return None
+        buffer = self._buffers.take()
+        if buffer is None and self._cold:
+            donor, _ = self._cold.popitem()
+            buffer, donor.buffer = donor.buffer, None
+        if buffer is None:
+            return None
+        slot = Slot(heapq.heappop(self._free), self._next_serial, first_sequence, buffer)
+        self._next_serial += 1
+        return slot
+
+    def wait(self, retry: Callable[[], None]) -> None:
+        """Call `retry` once when a slot may have become free; who waits longest is first."""
+        self._waiting.append(retry)
+
+    def settle(self, stream: Stream, slots: Iterable[Slot]) -> None:
+        """The slots' state changed: free those that are done, note which could give up their buffer."""
+        for slot in slots:
+            if slot.is_done:
+                self._release(stream, slot)
+            elif slot.is_cold:
+                self._cold[slot] = None
+                self._wake()
+            else:
+                self._cold.pop(slot, None)
+
+    def release_index(self, index: int) -> None:
+        """A claimed place holds nothing of use."""
+        heapq.heappush(self._free, index)
+        self._wake()
+
+    def _release(self, stream: Stream, slot: Slot) -> None:
+        if slot not in stream.slots:
+            return
+        del stream.slots[slot]
+        self._cold.pop(slot, None)
+        buffer, slot.buffer = slot.buffer, None
+        if buffer is not None:
+            self._buffers.give(buffer)
+        self.release_index(slot.index)
+
+    def _wake(self) -> None:
+        # Whoever has hung up meanwhile takes nothing, so the next one gets its turn.
+        while self._waiting and self._free and (self._buffers.has_free or self._cold):
+            self._waiting.popleft()()

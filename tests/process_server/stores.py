@@ -1,0 +1,34 @@
+"""Storage with faults at will, by the rules of the one in memory."""
+
+from __future__ import annotations
+
+import asyncio
+
+from replicar.errors import TransientError
+from replicar.storage.memory import MemoryStore
+from replicar.storage.store import Pages
+
+
+class GatedStore(MemoryStore):
+    """Storage that can be shut, as an account that throttles to a standstill, or fail for a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failures = 0
+
+    async def put_pages(
+        self,
+        name: str,
+        offset: int,
+        data: Pages,
+        *,
+        lease_id: str | None = None,
+        if_sequence_number_lt: int | None = None,
+    ) -> None:
+        await self.gate.wait()
+        if self.failures:
+            self.failures -= 1
+            raise TransientError("storage is away", retry_after_seconds=0.01)
+        await super().put_pages(name, offset, data, lease_id=lease_id, if_sequence_number_lt=if_sequence_number_lt)
