@@ -266,6 +266,41 @@ def check_table(table: Table, payload_bytes: int, *, sequence: int = 0) -> None:
     Raises:
         CorruptionError: naming the first rule that is broken.
     """
+    if not _is_sane(table, payload_bytes):
+        _name_broken_rule(table, payload_bytes, sequence)
+
+
+def _is_sane(table: Table, payload_bytes: int) -> bool:
+    """All rules at once, on the hot path: a quarter of the time that it takes to tell which one is broken."""
+    kind, length, offset, time_ns = table["kind"], table["length"], table["offset"], table["time_ns"]
+    taken = (length & _TAKES_LENGTH[kind]) + _TAKES_FIXED[kind]
+    broken = (length - _ONE) >= _LONGEST[kind]  # a length of zero wraps, an unknown kind allows none
+    broken |= ((offset | length) & _UNALIGNED[kind]) != 0
+    broken |= (offset > MAX_DISK_BYTES) | (offset + length > MAX_DISK_BYTES)
+    broken |= table["place"] + taken > payload_bytes
+    broken[1:] |= time_ns[1:] < time_ns[:-1]
+    return not broken.any() and int(time_ns[-1]) < MAX_TIME_NS
+
+
+def _by_kind(values: dict[Kind, int]) -> npt.NDArray[np.uint64]:
+    """A rule as a table that is indexed by the kind's byte; zero for kinds that are not named."""
+    rule = np.zeros(256, dtype=np.uint64)
+    for kind, value in values.items():
+        rule[kind] = value
+    return rule
+
+
+_CONTENT_KINDS: Final = (Kind.WRITE, Kind.ZERO, Kind.DIRTY, Kind.AUDIT)
+_ONE: Final = np.uint64(1)
+_LONGEST: Final = _by_kind(
+    dict.fromkeys(_CONTENT_KINDS, MAX_DISK_BYTES) | dict.fromkeys(_RECORD_KINDS, MAX_RECORD_BYTES)
+)
+_UNALIGNED: Final = _by_kind(dict.fromkeys(_CONTENT_KINDS, SECTOR_BYTES - 1))
+_TAKES_LENGTH: Final = _by_kind(dict.fromkeys((Kind.WRITE, *_RECORD_KINDS), (1 << 64) - 1))
+_TAKES_FIXED: Final = _by_kind({Kind.AUDIT: AUDIT_DIGEST_BYTES})
+
+
+def _name_broken_rule(table: Table, payload_bytes: int, sequence: int) -> None:
     kind, length, offset = table["kind"], table["length"], table["offset"]
     content = (kind == Kind.WRITE) | (kind == Kind.ZERO) | (kind == Kind.DIRTY) | (kind == Kind.AUDIT)
     record = (kind == Kind.MARK) | (kind == Kind.GAP) | (kind == Kind.DISK)
@@ -282,6 +317,7 @@ def check_table(table: Table, payload_bytes: int, *, sequence: int = 0) -> None:
     time_ns = table["time_ns"]
     _require(bool(np.all(time_ns < MAX_TIME_NS)), "a time beyond the year 2262", sequence)
     _require(bool(np.all(time_ns[1:] >= time_ns[:-1])), "time that falls", sequence)
+    raise AssertionError("the two checks of a table disagree")
 
 
 def payload_ends(table: Table) -> npt.NDArray[np.uint64]:

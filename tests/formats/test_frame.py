@@ -189,3 +189,33 @@ def test_a_stream_may_jump_only_to_disks_and_a_gap() -> None:
     assert not frame.begins_anew(table(plain, gap))
     assert not frame.begins_anew(table(disk, plain, gap))
     assert not frame.begins_anew(table((Kind.GAP, Flag.GAP_END), gap))
+
+
+_EDGES = (0, 1, 16, 511, 512, 4095, 4096, 4097, 65536, (1 << 62) - 512, 1 << 62, (1 << 63) - 1, (1 << 64) - 512)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(_EDGES),
+            st.sampled_from(_EDGES),
+            st.sampled_from((0, 1, 5, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)),
+            st.sampled_from((0, 16, 4096, 65520, 65536, (1 << 32) - 1)),
+            st.sampled_from((0, 1, 2, 3, 4, 5, 6, 7, 8, 255)),
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_the_quick_check_of_a_table_and_the_one_that_names_the_rule_agree(rows: list[tuple[int, ...]]) -> None:
+    packed = b"".join(frame.PACK_DESCRIPTOR.pack(*row[:4], 0, row[4], 0) for row in rows)
+    table = frame.table_view(packed)
+    try:
+        frame._name_broken_rule(table, 65536, 1)
+    except CorruptionError:
+        sane = False
+    except AssertionError:  # it found nothing broken
+        sane = True
+    else:
+        raise AssertionError("it returned")
+    assert frame._is_sane(table, 65536) is sane
