@@ -20,8 +20,7 @@ from rich.table import Table
 from mobility_agent.service import Service
 from mobility_agent.settings import SETTINGS_VARIABLE, load_settings
 from mobility_agent.state import StateDirectory
-from replicar.control.enrolment import enrol as enrol_with
-from replicar.control.enrolment import read_passphrase
+from replicar.control.enrolment import enrol as enrol_with, read_passphrase
 from replicar.control.identity import Role
 from replicar.errors import PermanentError, ReplicarError
 

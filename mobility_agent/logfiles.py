@@ -1,6 +1,7 @@
 """The row of files that a change log is: oldest first, the last one active, all of one size, bounded in number.
 
-A file whose frames are all in storage is given back: kept as a spare (its blocks are allocated already) or removed.
+A file whose frames are all in storage is kept as a spare: its blocks are allocated already, and the next file is made
+of it. Files and spares together stay within the limit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from replicar.formats import changelog, frame
 
 #: What `take` returns at most, unless one frame alone is more.
 TAKE_BYTES: Final = 1 << 20
-_KEPT_SPARES: Final = 2
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class LogFiles:
         while len(self._files) > 1 and self._files[0].next_sequence <= stored_sequence + 1:
             file = self._files.popleft()
             file.close()
-            if len(self._spares) < _KEPT_SPARES:
+            if len(self._files) + len(self._spares) < self._max_files:
                 spare = file.path.with_suffix(".spare")
                 os.replace(file.path, spare)
                 self._spares.append(spare)

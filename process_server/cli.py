@@ -21,6 +21,7 @@ from replicar.clock import SystemClock
 from replicar.control.enrolment import RegistrationKey, enrol, read_passphrase
 from replicar.control.identity import Role
 from replicar.errors import ReplicarError
+from replicar.memory import keep_memory
 
 app = typer.Typer(
     name="process-server",
@@ -102,6 +103,7 @@ def run(
     # The storage client's own lines (URLs, requests) are not for this log.
     logging.getLogger("azure").setLevel(logging.WARNING)
     loaded = load_settings(settings)
+    keep_memory()
     with asyncio.Runner(loop_factory=_fast_loop) as runner:
         runner.run(_serve(loaded))
 

@@ -6,8 +6,7 @@ import time
 
 from rich.console import Console
 
-from recovery.verify import Report
-from recovery.verify import verify as verify_log
+from recovery.verify import Report, verify as verify_log
 from replicar.cli.access import MachineId, VaultKeyFile, open_machine
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, duration, row, run, size, table
 from replicar.cli.settings import load_settings

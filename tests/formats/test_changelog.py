@@ -11,8 +11,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from replicar.errors import CorruptionError
 from replicar.formats import changelog, frame

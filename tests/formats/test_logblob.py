@@ -6,8 +6,7 @@ import struct
 
 import pytest
 import xxhash
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from replicar.errors import CorruptionError
 from replicar.formats import logblob

@@ -12,8 +12,7 @@ import pytest
 import xxhash
 import zstandard
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from replicar.errors import CorruptionError, LimitError
 from replicar.formats import cipher, frame, sections, segment

@@ -9,8 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from replicar.errors import CorruptionError, LimitError
 from replicar.formats import vhd

@@ -214,7 +214,7 @@ def test_files_are_given_back_when_stored_and_stay_within_the_limit(tmp_path: Pa
             log.trim(log.next_sequence - 1)
             assert log.append_copy(Kind.WRITE, 0, round_number * MIB, MIB, os.urandom(MIB))
         held = sum(path.stat().st_size for path in tmp_path.iterdir() if path.suffix in (".hrl", ".spare"))
-        assert held <= 6 * FILE_BYTES
+        assert held <= 4 * FILE_BYTES
     assert log.first_sequence > 1
     log.abandon()
 

@@ -19,8 +19,7 @@ from replicar.control.messages import AgentAssignment
 from replicar.errors import CorruptionError
 from replicar.formats import frame, wire
 from replicar.formats.wire import Ack, Hello, Message, Refusal, Resend, Welcome
-from replicar.tls import Role as PeerRole
-from replicar.tls import peer_identity, server_context
+from replicar.tls import Role as PeerRole, peer_identity, server_context
 
 
 class Vault:

@@ -1,0 +1,94 @@
+"""`python -m bench NAME [--json] [options]`: runs one benchmark; without a name, lists them.
+
+The exit status is 0 only if the run was valid: it measured what it says, whatever the figures are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from bench import datapath, limit
+from bench.report import Report, show
+from replicar.errors import ReplicarError
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A benchmark by name: one line about it, its options, and what runs it (options given as keywords)."""
+
+    about: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[..., Report]
+
+
+def _limit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mib", type=int, default=limit.DEFAULT_MIB, help="MiB of input for each step (%(default)s)")
+    parser.add_argument("--level", type=int, help="zstd's level (the process server's default)")
+
+
+def _datapath_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gib", type=float, default=datapath.DEFAULT_GIB, help="GiB of changes (%(default)s)")
+    parser.add_argument(
+        "--frame-kib", type=int, default=datapath.DEFAULT_FRAME_KIB, help="payload of a frame in KiB (%(default)s)"
+    )
+    parser.add_argument("--write-kib", type=int, default=datapath.DEFAULT_WRITE_KIB, help="KiB a write (%(default)s)")
+    parser.add_argument("--limit-mib", type=int, default=limit.DEFAULT_MIB, help="as --mib of limit (%(default)s)")
+
+
+BENCHMARKS: Final = {
+    "limit": Benchmark(
+        "cpu seconds per GB of the libraries alone, and the throughput these cores could reach at best",
+        _limit_options,
+        limit.run,
+    ),
+    "datapath": Benchmark(
+        "agent to process server to an HTTPS sink: throughput and cpu seconds per GB, beside the limit",
+        _datapath_options,
+        datapath.run,
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        for name, benchmark in BENCHMARKS.items():
+            print(f"{name:<10}{benchmark.about}")
+        return 0
+    options = _parser().parse_args(given)
+    values: dict[str, Any] = vars(options)
+    name, as_json = values.pop("name"), values.pop("json")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary files go, as with Ctrl-C
+    try:
+        report = BENCHMARKS[name].run(**values)
+    except ReplicarError as error:
+        print(f"bench {name}: {error}", file=sys.stderr)
+        return error.exit_status
+    report = dataclasses.replace(report, arguments=tuple(given))
+    show(report, as_json=as_json)
+    return 0 if report.valid else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(name, help=benchmark.about, description=benchmark.about)
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        command.add_argument(
+            "--directory", type=Path, help="where temporary files go: the cache's disk (default: /tmp)"
+        )
+        benchmark.options(command)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Each benchmark, small, as a user runs it: one JSON object, whole and sensible, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_SECONDS = 110
+
+
+def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+
+
+def _report(*arguments: str) -> dict[str, Any]:
+    done = _bench(*arguments)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["valid"]
+    assert report["faults"] == []
+    assert report["command"] == " ".join(["python -m bench", *arguments])
+    assert report["machine"]["cores"] == len(os.sched_getaffinity(0))
+    assert report["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert set(report["commit"]) == {"id", "dirty"}
+    assert any("random bytes" in remark for remark in report["remarks"])
+    return report
+
+
+def test_the_limit_is_the_cores_over_the_sum_of_the_raw_costs(tmp_path: Path) -> None:
+    report = _report("limit", "--json", "--mib", "16", "--directory", str(tmp_path))
+    costs = report["cpu_seconds_per_gb"]
+    assert set(costs) == {
+        *("tls_send", "tls_receive", "hash", "cache_write", "compress", "encrypt", "https_put", "sink")
+    }
+    assert sum(costs.values()) == pytest.approx(report["cpu_seconds_per_gb_total"], abs=0.01)
+    expected = report["machine"]["cores"] * 1000 / report["cpu_seconds_per_gb_total"]
+    assert report["limit_mb_per_s"] == pytest.approx(expected, rel=0.01)
+    assert 1.3 < report["compress_ratio"] < 1.8
+    assert costs["compress"] > costs["hash"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_datapath_moves_everything_into_the_sink_and_is_compared_with_the_limit(tmp_path: Path) -> None:
+    size = ["--gib", "0.0625", "--limit-mib", "16"]
+    report = _report("datapath", "--json", *size, "--directory", str(tmp_path))
+    assert report["bytes"]["written"] == 64 << 20
+    assert report["bytes"]["sent"] > report["bytes"]["written"]
+    assert report["bytes"]["uploaded"] == pytest.approx(report["bytes"]["written"] / report["compress_ratio"], rel=0.01)
+    assert report["ratio"] == pytest.approx(report["mb_per_s"] / report["limit_mb_per_s"], abs=0.01)
+    for part in ("agent", "process_server", "sink"):
+        assert set(report["cpu_seconds_per_gb"][part]) == {"user", "system", "total"}
+        assert part in report["raw_cpu_seconds_per_gb"]
+    assert report["cpu_seconds_per_gb"]["process_server"]["total"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_name_they_are_listed_one_line_each() -> None:
+    done = _bench()
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["limit", "datapath"]
+
+
+def test_without_json_there_is_a_table_for_people(tmp_path: Path) -> None:
+    done = _bench("limit", "--mib", "1", "--directory", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "limit_mb_per_s" in done.stdout
+    assert not done.stdout.startswith("{")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nothing-like-it"], ["limit", "--nonsense"], ["datapath", "--frame-kib", "6", "--limit-mib", "1"]],
+)
+def test_a_run_that_can_not_be_fails_and_says_why(arguments: list[str]) -> None:
+    done = _bench(*arguments)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr
