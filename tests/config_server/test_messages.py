@@ -8,8 +8,7 @@ import ssl
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from config_server.vault import IDENTITY_DIRECTORY
 from replicar.control.client import ControlClient

@@ -12,8 +12,7 @@ from replicar.formats import frame, logblob, segment
 from replicar.formats.frame import Flag, Kind
 from replicar.formats.logblob import BlobHeader, BlobName
 from replicar.formats.segment import Position
-from replicar.log.reader import LogReader, Tail
-from replicar.log.reader import Segment as Found
+from replicar.log.reader import LogReader, Segment as Found, Tail
 from replicar.storage.memory import MemoryStore
 
 MACHINE = uuid.UUID("11111111-2222-4333-8444-555555555555")

@@ -6,8 +6,7 @@ import itertools
 import uuid
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from replicar.errors import CorruptionError, PermanentError
 from replicar.formats import frame, logblob, segment

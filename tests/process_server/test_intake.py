@@ -5,8 +5,7 @@ from __future__ import annotations
 import uuid
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from process_server.intake import Accept, Begin, Drop, Intake, Wait
 from replicar.formats import frame

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from recovery.extents import ZEROS, ExtentMap
 from recovery.plan import MIN_WINDOW_BYTES, choose_window, windows

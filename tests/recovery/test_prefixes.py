@@ -6,8 +6,7 @@ import asyncio
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from recovery.points import AtSequence, Instant, Latest, Named, locate
 from recovery.view import View
