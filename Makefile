@@ -36,7 +36,7 @@ bench: setup ## the benchmarks, one JSON object each
 	$(BIN)/python -m bench datapath --json
 
 soak: setup ## the long tests
-	$(BIN)/pytest -m soak -o session_timeout=0 --timeout 0
+	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600
 
 clean: ## remove everything that was made here
 	rm -rf .venv .azurite .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist *.egg-info

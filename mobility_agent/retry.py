@@ -20,7 +20,7 @@ class Backoff:
     """
 
     first_seconds: float = 0.2
-    most_seconds: float = 15.0
+    most_seconds: float = 5.0
     slow_first_seconds: float = 1.0
     slow_most_seconds: float = 60.0
 
