@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from enum import Enum, auto
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -50,6 +51,14 @@ SEAL_BYTES: Final = 256 << 10
 MIN_BUFFER_BYTES: Final = 64 << 10
 DEFAULT_FILE_BYTES: Final = 64 << 20
 _TABLE_START = changelog.STAGING_OFFSET + changelog.STAGING_TABLE
+
+
+class Past(Enum):
+    """What a log that was opened tells of the time before."""
+
+    KNOWN = auto()  # everything acknowledged is in it: the process ended, in whatever way, and the machine did not
+    TOUCHED = auto()  # a power cut: disk and log may differ, but only in regions of the touched record
+    UNKNOWN = auto()  # a new log, or a damaged one: disk and log may differ anywhere
 
 
 class Owner(Protocol):
@@ -107,9 +116,14 @@ class ChangeLog:
         self._count = 0
         self._open_time_ns = 0  # of the open frame's first descriptor
         self.next_sequence = self.first_sequence = first_sequence
-        self.survived = self._recover(first_sequence, boot_id)
+        self.past = self._recover(first_sequence, boot_id)
 
     # -- what there is ------------------------------------------------------------------------------------------
+
+    @property
+    def survived(self) -> bool:
+        """Whether everything acknowledged before is in the log."""
+        return self.past is Past.KNOWN
 
     @property
     def used_bytes(self) -> int:
@@ -309,27 +323,35 @@ class ChangeLog:
         self._owner = owner
         owner.parsed = start
 
-    def _recover(self, first_sequence: int, boot_id: bytes) -> bool:
-        """Open what is there. True if nothing can be missing: same boot, or a clean stop before the reboot, and no
-        frame damaged. Else numbers go on where none was ever given out, and the ladder compares the disks in full."""
+    def _recover(self, first_sequence: int, boot_id: bytes) -> Past:
+        """Open what is there, and say what of the past can be relied on. Where something can be missing, numbers go on
+        where none was ever given out, and the ladder has the disks compared."""
         state = self.state
         same_boot = state.boot_id == boot_id
-        reached, self.last_time_ns, sound = self._files.recover(trust_staging=same_boot)
-        self.next_sequence = max(first_sequence, reached, state.anew_sequence)
+        found = self._files.recover(trust_staging=same_boot)
+        self.last_time_ns = found.last_time_ns
+        self.next_sequence = max(first_sequence, found.next_sequence, state.anew_sequence)
         began = self.next_sequence > state.anew_sequence  # else the process died before it could say so
-        trusted = not state.is_new and sound and began and (same_boot or state.clean)
-        if not trusted:
+        sound = found.damaged_from is None
+        past = Past.UNKNOWN
+        if not state.is_new and sound and began and (same_boot or state.clean):
+            past = Past.KNOWN
+        elif not state.is_new and not same_boot and found.sound_until >= state.retired_sequence > 0:
+            past = Past.TOUCHED
+        if past is not Past.KNOWN:
             if (began or not same_boot or not sound) and not state.is_new:
                 self.next_sequence = max(self.next_sequence, state.reserved_sequence)
             state.anew_sequence = self.next_sequence
+        if past is Past.UNKNOWN:
+            state.retired_sequence = 0  # the next power cut may come before everything dirty is marked durably
         state.reserved_sequence = max(state.reserved_sequence, frame.anew_after(self.next_sequence + frame.ANEW_STEP))
         state.boot_id, state.clean = boot_id, False
-        state.gap_open = state.gap_open or not trusted
+        state.gap_open = state.gap_open or past is not Past.KNOWN
         state.save(durable=True)
         self._files.forget_damage()
         self.first_sequence = self._files.first_sequence or self.next_sequence
         self.stored_sequence = self.first_sequence - 1
-        return trusted
+        return past
 
     def _append(self, table: bytes, payload: Buffer, *, room: int) -> int | None:
         self.seal()

@@ -216,3 +216,8 @@ class Control:
 def regions_path(state: StateDirectory, index: int) -> Path:
     """Where the map of a disk's dirty regions lies: beside the log, and removed with it."""
     return state.log / f"disk-{index}.regions"
+
+
+def touched_path(state: StateDirectory, index: int) -> Path:
+    """Where the touched record of a disk lies: beside the log too."""
+    return state.log / f"disk-{index}.touched"

@@ -21,8 +21,9 @@ from enum import StrEnum
 from typing import Final
 
 from mobility_agent.capture.disk import Disk
-from mobility_agent.changelog import ChangeLog, Owner
+from mobility_agent.changelog import ChangeLog, Owner, Past
 from mobility_agent.regions import DirtyRegions
+from mobility_agent.touched import TouchedRegions
 from replicar.formats import frame, record
 from replicar.formats.frame import Flag, Kind
 
@@ -38,10 +39,17 @@ class Rung(StrEnum):
 class Ladder:
     """Keeps log, regions and the stream's GAP records in step."""
 
-    def __init__(self, log: ChangeLog, disks: Sequence[Disk], regions: Mapping[int, DirtyRegions]) -> None:
+    def __init__(
+        self,
+        log: ChangeLog,
+        disks: Sequence[Disk],
+        regions: Mapping[int, DirtyRegions],
+        touched: Mapping[int, TouchedRegions],
+    ) -> None:
         self.log = log
         self.disks = {disk.index: disk for disk in disks}
         self.regions = regions
+        self.touched = touched
         self._doubt = False
 
     @property
@@ -62,8 +70,7 @@ class Ladder:
         if self.log.survived:
             self._redo()
         else:
-            for regions in self.regions.values():
-                regions.mark_all()
+            self._mark_doubtful()
         # Where numbers were left out the gap has to be the first thing that the stream says.
         if self.log.state.gap_open or self.dirty_bytes:
             first = self.log.state.is_new
@@ -118,6 +125,16 @@ class Ladder:
         self.log.state.gap_open = False
         self.log.state.save()
         return True
+
+    def _mark_doubtful(self) -> None:
+        """Mark what may differ between disk and log: after a power cut what the touched record says, else all of it."""
+        for index, regions in self.regions.items():
+            touched = self.touched[index]
+            if self.log.past is Past.TOUCHED and touched.known:
+                for offset, length in touched.ranges():
+                    regions.mark(offset, length)
+            else:
+                regions.mark_all()
 
     def _redo(self) -> None:
         """Do the last frame's writes again: a process that was killed may have logged one and not done it."""

@@ -83,6 +83,7 @@ class LogFile:
         changelog.stage_frame(created.data, 0, 0)
         created.data[: changelog.HEADER_BYTES] = header.pack()
         os.replace(unfinished, path)
+        _sync_directory(path.parent)  # a frame that is durable in a file that is not there is lost
         return created
 
     @classmethod
@@ -160,3 +161,11 @@ class LogFile:
         payload_bytes, count = _LENGTHS.unpack_from(self.data, offset + 8)
         table_bytes: int = count * frame.DESCRIPTOR_BYTES
         return frame.HEADER_BYTES + frame.padded(payload_bytes) + table_bytes, count
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -10,6 +10,7 @@ import logging
 import os
 import uuid
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,21 @@ from replicar.formats import changelog, frame
 TAKE_BYTES: Final = 1 << 20
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a directory's files hold: the sequence that follows the last frame (0 without any), the first one that may
+    be missing before it because something was damaged (None if nothing was), and the last frame's time."""
+
+    next_sequence: int
+    damaged_from: int | None
+    last_time_ns: int
+
+    @property
+    def sound_until(self) -> int:
+        """Everything before this sequence that was not trimmed is there."""
+        return self.next_sequence if self.damaged_from is None else min(self.damaged_from, self.next_sequence)
 
 
 class LogFiles:
@@ -69,13 +85,11 @@ class LogFiles:
         """The oldest sequence held; None without files."""
         return self._files[0].first_sequence if self._files else None
 
-    def recover(self, *, trust_staging: bool) -> tuple[int, int, bool]:
+    def recover(self, *, trust_staging: bool) -> Recovered:
         """Open what is in the directory.
 
-        Returns:
-            The sequence that follows the last frame (0 without any), that frame's time, and whether every file was
-            sound: False if one has no header, or if something that looked like a frame was damaged. Such a file is set
-            aside, such a frame is passed over; it is for the caller to see that the disks are compared.
+        A file without a sound header is set aside, a frame that is damaged is passed over; it is for the caller to see
+        that the disks are compared.
 
         Raises:
             ConflictError: a file is another machine's.
@@ -83,14 +97,14 @@ class LogFiles:
         for pattern in ("*.spare", "*.new", "*.damaged"):
             for path in self._directory.glob(pattern):
                 path.unlink()
-        sound = True
+        damaged_from: int | None = None
         for path in sorted(self._directory.glob("*.hrl")):
             try:
                 file, found = LogFile.open(path, trust_staging=trust_staging)
             except CorruptionError as error:
                 _log.error("the change log %s is set aside: %s", path, error.message)
                 os.replace(path, path.with_suffix(".damaged"))
-                sound = False
+                damaged_from = 0  # nobody knows what it held
                 continue
             if file.header.machine_id != self._machine_id:
                 raise ConflictError(
@@ -102,10 +116,11 @@ class LogFiles:
             if found.torn is not None:
                 _log.error("the change log %s is damaged at byte %d: %s", path, found.end_offset, found.torn)
                 self._torn.append(file)
-                sound = False
+                damaged_from = min(found.next_sequence, found.next_sequence if damaged_from is None else damaged_from)
             self._files.append(file)
         self._files = deque(sorted(self._files, key=lambda file: file.first_sequence))
-        return max((file.next_sequence for file in self._files), default=0), self._last_time_ns(), sound
+        reached = max((file.next_sequence for file in self._files), default=0)
+        return Recovered(reached, damaged_from, self._last_time_ns())
 
     def forget_damage(self) -> None:
         """The damage that `recover` found was taken note of, durably: do not find it again."""

@@ -6,6 +6,8 @@ numbers are whole steps of 2^32 plus one, so that a process server knows one whe
 `anew_sequence`: where the log last began anew. Until something was captured there, it still has to.
 `gap_open`: order is not known just now. Set before the gap begins and cleared after it ended, so that a process that
 dies in between opens the gap again, which is always allowed.
+`retired_sequence`: everything before it was durable in the log when regions were retired from the touched record; a log
+that has less after a power cut has lost what no record covers.
 `boot_id` and `clean`: whether the operating system restarted since, and whether the agent had stopped in good order.
 """
 
@@ -23,7 +25,7 @@ from replicar.errors import CorruptionError
 
 _MAGIC: Final = b"RPSTATE\x01"
 _PAGE: Final = 4096
-_STATE = struct.Struct("<8sQQBB6x16s")
+_STATE = struct.Struct("<8sQQQBB6x16s")
 
 
 class LogState:
@@ -35,7 +37,7 @@ class LogState:
         if self.is_new:
             os.ftruncate(self._fd, _PAGE)
         self._page = mmap.mmap(self._fd, _PAGE)
-        self.reserved_sequence = self.anew_sequence = 0
+        self.reserved_sequence = self.anew_sequence = self.retired_sequence = 0
         self.gap_open, self.clean, self.boot_id = False, False, bytes(16)
         if not self.is_new:
             self._load(path)
@@ -43,9 +45,12 @@ class LogState:
     def save(self, *, durable: bool = False) -> None:
         """Write the fields into the page; with `durable`, return only when the disk has them.
 
-        One store of 64 bytes; torn by a power cut it fails its checksum and the agent starts as after a lost log.
+        One store of 72 bytes; torn by a power cut it fails its checksum and the agent starts as after a lost log.
         """
-        body = _STATE.pack(_MAGIC, self.reserved_sequence, self.anew_sequence, self.gap_open, self.clean, self.boot_id)
+        body = _STATE.pack(
+            *(_MAGIC, self.reserved_sequence, self.anew_sequence, self.retired_sequence),
+            *(self.gap_open, self.clean, self.boot_id),
+        )
         self._page[: len(body) + 8] = body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
         if durable:
             os.fdatasync(self._fd)
@@ -57,7 +62,7 @@ class LogState:
     def _load(self, path: Path) -> None:
         body = self._page[: _STATE.size]
         (checksum,) = struct.unpack_from("<Q", self._page, _STATE.size)
-        magic, reserved, anew, gap_open, clean, boot_id = _STATE.unpack(body)
+        magic, reserved, anew, retired, gap_open, clean, boot_id = _STATE.unpack(body)
         if magic != _MAGIC or checksum != xxhash.xxh3_64_intdigest(body):
             self.close()
             raise CorruptionError(
@@ -65,5 +70,5 @@ class LogState:
                 hint="enrol this machine again under its name: it keeps its identity and is compared in full",
                 path=str(path),
             )
-        self.reserved_sequence, self.anew_sequence = reserved, anew
+        self.reserved_sequence, self.anew_sequence, self.retired_sequence = reserved, anew, retired
         self.gap_open, self.clean, self.boot_id = bool(gap_open), bool(clean), boot_id

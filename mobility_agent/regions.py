@@ -4,7 +4,7 @@ One byte a region in a mapped file, so that marking is a store and survives the 
 protection begins or after a power cut; what was written while order could not be kept; what a failed write left in
 doubt. A region is cleared when its content has gone into the change log.
 
-Weak: the marks are not made durable before the write they announce, so after a power cut everything is marked.
+The map alone is not durable at every moment; after a power cut `touched` says which regions it can't be believed for.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class DirtyRegions:
         if self._mapping[: len(head)] != head:
             self.mark_all()
             self._mapping[: len(head)] = head
+            os.fsync(self._fd)
 
     @property
     def count(self) -> int:
@@ -78,6 +79,10 @@ class DirtyRegions:
         end = offset + length
         last = self.regions if end >= self.disk_bytes else end // self.region_bytes
         self._map[first:last] = 0
+
+    def sync(self) -> None:
+        """Make the map durable as it is. May run on another thread."""
+        os.fdatasync(self._fd)
 
     def close(self) -> None:
         """Durably: after a clean stop the map is believed, even if the machine restarts before the kernel wrote it."""

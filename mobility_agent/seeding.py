@@ -18,6 +18,7 @@ from typing import Final
 from mobility_agent.capture.disk import Disk
 from mobility_agent.ladder import Ladder
 from mobility_agent.regions import DirtyRegions
+from mobility_agent.touched import REGION_BYTES
 from replicar.clock import Clock
 from replicar.formats.frame import Kind
 
@@ -66,6 +67,11 @@ class Seeder:
         while (found := regions.next_dirty(at)) is not None:
             start, end = found
             await self._wait_for_room()
+            # A region is clean once its copy is in the log; until that is durable, a power cut may undo it.
+            touched, length = self._ladder.touched[disk.index], min(end, start + REGION_BYTES) - start
+            end = start + length
+            if not touched.covers(start, length):
+                await touched.record(start, length)
             if not self._ladder.log.ordered:
                 return worked
             alike_end, is_data = disk.data_end(start)
@@ -85,6 +91,8 @@ class Seeder:
 
     def _zero(self, disk: Disk, regions: DirtyRegions, start: int, length: int) -> bool:
         # Nothing runs between looking for holes and this, so they are still holes.
+        if not self._ladder.touched[disk.index].covers(start, length):
+            return False
         if not self._ladder.log.append_copy(Kind.ZERO, disk.index, start, length):
             return False
         regions.clear(start, length)
@@ -103,6 +111,8 @@ class Seeder:
             else:
                 return False
             # From here to the end of the append nothing else runs: the copy is the content at its place in the stream.
+            if not self._ladder.touched[disk.index].covers(start, length):
+                return False
             zeros = not any(target[:512]) and bytes(target) == bytes(length)
             kind = Kind.ZERO if zeros else Kind.WRITE
             if not self._ladder.log.append_copy(kind, disk.index, start, length, b"" if zeros else target):

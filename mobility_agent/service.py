@@ -26,7 +26,8 @@ from typing import Any, Final
 from mobility_agent import preflight
 from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.inline import InlineCapture
-from mobility_agent.control import Control, regions_path
+from mobility_agent.checkpoint import Checkpointer
+from mobility_agent.control import Control, regions_path, touched_path
 from mobility_agent.gaps import Gaps
 from mobility_agent.ladder import Ladder
 from mobility_agent.marks import Marks
@@ -38,6 +39,7 @@ from mobility_agent.seeding import Seeder
 from mobility_agent.sender import Sender, SenderState
 from mobility_agent.settings import AgentSettings
 from mobility_agent.state import StateDirectory, boot_id
+from mobility_agent.touched import TouchedRegions
 from replicar.clock import Clock, SystemClock
 from replicar.control.client import ControlClient
 from replicar.control.identity import Identity, Role
@@ -118,6 +120,7 @@ class Service:
                 stop.wait(),
                 sender.run(),
                 seeder.run(),
+                Checkpointer(core.ladder, clock).run(),
                 control.run(),
                 self._measure(core, sender),
                 self._publish(core, sender, control, capture),
@@ -155,10 +158,13 @@ class Service:
             closing.push_async_callback(_close, log, disks)
             state.log_begun(identity)
             regions: dict[int, DirtyRegions] = {}
+            touched: dict[int, TouchedRegions] = {}
             for disk in disks:
                 regions[disk.index] = DirtyRegions(regions_path(state, disk.index), disk.size_bytes)
                 closing.callback(regions[disk.index].close)
-            ladder = Ladder(log, disks, regions)
+                touched[disk.index] = TouchedRegions(touched_path(state, disk.index), disk.size_bytes)
+                closing.callback(touched[disk.index].close)
+            ladder = Ladder(log, disks, regions, touched)
             gaps = Gaps(state.path / "gaps.json")
             closing.push_async_callback(gaps.save)
             marks = Marks(log, state.marks_file, lambda: ladder.in_gap)

@@ -4,9 +4,10 @@ The socket's bytes are received straight into the change log's open frame (or, w
 of the same shape), so a write is not copied in this process; `pwrite` takes it from there to the disk. Copied are only
 what arrived of an unfinished request when a frame is sealed (at most one request), and the answers to reads.
 
-Order of things for a write: descriptor into the log, bytes to the disk, answer. A disk that fails a write answers EIO
-to the client, and the range is distrusted: a gap begins before the client learns of it. A client that breaks the
-protocol is hung up on; that loses nothing that was acknowledged.
+Order of things for a write: its region recorded as touched (once in a while; only this connection waits for that), its
+descriptor into the log, its bytes to the disk, the answer. A disk that fails a write answers EIO to the client, and the
+range is distrusted: a gap begins before the client learns of it. A client that breaks the protocol is hung up on; that
+loses nothing that was acknowledged.
 
 Weak: reads, writes and hole punching run on the event loop's thread; a slow disk stalls the other disks of the agent.
 """
@@ -22,6 +23,7 @@ from mobility_agent.capture import nbd
 from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.nbd import REPLY, REPLY_MAGIC, REQUEST, REQUEST_MAGIC, Command, CommandFlag, Errno
 from mobility_agent.ladder import Ladder
+from mobility_agent.touched import TouchedRegions
 from replicar.errors import CorruptionError
 from replicar.formats.frame import SECTOR_BYTES, Kind
 
@@ -31,6 +33,7 @@ ANSWER_BYTES: Final = 8 << 20
 _log = logging.getLogger(__name__)
 _HEADER_BYTES: Final = REQUEST.size
 _UNALIGNED: Final = SECTOR_BYTES - 1
+_ZEROING: Final = (Command.TRIM, Command.WRITE_ZEROES)
 
 
 class Host(Protocol):
@@ -43,6 +46,7 @@ class Host(Protocol):
     def admit(self, connection: Connection) -> bool: ...
     def forget(self, connection: Connection) -> None: ...
     def flush_soon(self, connection: Connection, disk: Disk, handle: int) -> None: ...
+    def record_soon(self, connection: Connection, disk: Disk, offset: int, length: int) -> None: ...
 
 
 class _LargeWrite:
@@ -68,8 +72,9 @@ class Connection(asyncio.BufferedProtocol):
         self._large: _LargeWrite | None = None
         self._answers: list[bytes] = []
         self._answer_bytes = 0
-        self._paused = self._closing = False
+        self._paused = self._recording = self._closing = False
         self._disk: Disk
+        self._touched: TouchedRegions
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -91,7 +96,17 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        if self._closing:
+        self._resume()
+
+    def recorded(self, error: OSError | None) -> None:
+        """The region that a request waited for is recorded as touched, or can't be."""
+        self._recording = False
+        if error is not None:
+            self._hang_up(f"can't be served: a touched region can't be recorded ({error})")
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._closing or self._paused or self._recording:
             return
         self._transport.resume_reading()
         if self._handshake is None and self._log.buffer(self, 0) is None:
@@ -141,6 +156,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.close()
         elif handshake.chosen is not None:
             self._disk = self._host.disks[handshake.chosen.export]
+            self._touched = self._ladder.touched[self._disk.index]
             self._handshake, self._carry = None, handshake.rest
             if self._carry:
                 self._claim()
@@ -165,7 +181,7 @@ class Connection(asyncio.BufferedProtocol):
         time_ns, left = log.now_ns(), log.descriptors_left
         self._needed = 0
         while end - at >= _HEADER_BYTES or self._large is not None:
-            if not left or self._paused or self._closing:
+            if not left or self._paused or self._recording or self._closing:
                 break
             if self._large is not None:
                 taken = self._large_piece(self._large, at, end, time_ns)
@@ -182,6 +198,8 @@ class Connection(asyncio.BufferedProtocol):
                     self._needed = following - end
                     break
                 error = self._invalid(offset, length)
+                if not error and not self._may_touch(offset, length):
+                    break
                 if not error:
                     error = self._change(Kind.WRITE, offset, length, at + _HEADER_BYTES, time_ns)
                 self._done(handle, flags, error)
@@ -189,6 +207,8 @@ class Connection(asyncio.BufferedProtocol):
             elif kind == Command.WRITE:
                 self._begin_large(handle, flags, offset, length)
                 at += _HEADER_BYTES
+            elif kind in _ZEROING and not self._invalid(offset, length) and not self._may_touch(offset, length):
+                break
             else:
                 self._other(kind, flags, handle, offset, length, time_ns)
                 left, at = left - 1, at + _HEADER_BYTES
@@ -200,7 +220,7 @@ class Connection(asyncio.BufferedProtocol):
             self._read(handle, offset, length)
         elif kind == Command.FLUSH:
             self._host.flush_soon(self, self._disk, handle)
-        elif kind in (Command.TRIM, Command.WRITE_ZEROES):
+        elif kind in _ZEROING:
             error = self._invalid(offset, length) or self._change(Kind.ZERO, offset, length, 0, time_ns)
             self._done(handle, flags, error)
         elif kind == Command.DISC:
@@ -229,6 +249,15 @@ class Connection(asyncio.BufferedProtocol):
             return Errno.ENOSPC if error.errno == Errno.ENOSPC else Errno.EIO
         return 0
 
+    def _may_touch(self, offset: int, length: int) -> bool:
+        """Whether a range may be written now; else it will be when its regions are recorded, and this goes on then."""
+        if self._touched.covers(offset, length):
+            return True
+        self._recording = True
+        self._transport.pause_reading()
+        self._host.record_soon(self, self._disk, offset, length)
+        return False
+
     def _begin_large(self, handle: int, flags: int, offset: int, length: int) -> None:
         if length > nbd.MAX_REQUEST_BYTES:
             self._hang_up(f"writes {length} bytes at once; {nbd.MAX_REQUEST_BYTES} is the limit")
@@ -241,6 +270,8 @@ class Connection(asyncio.BufferedProtocol):
         piece = available if large.error else available & ~_UNALIGNED
         if not piece:
             self._needed = min(large.remaining, SECTOR_BYTES) - (end - at)
+            return 0
+        if not large.error and not self._may_touch(large.offset, piece):
             return 0
         if not large.error:
             large.error = self._change(Kind.WRITE, large.offset, piece, at, time_ns)

@@ -50,6 +50,7 @@ class InlineCapture:
         self._servers: list[asyncio.Server] = []
         self._connections: set[Connection] = set()
         self._waiting: list[tuple[Connection, Disk, int]] = []
+        self._records: set[asyncio.Task[None]] = set()
         self._flush_wanted = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
 
@@ -76,9 +77,10 @@ class InlineCapture:
         for address in self.addresses.values():
             if isinstance(address, Path):
                 address.unlink(missing_ok=True)
-        if self._flusher is not None:
-            self._flusher.cancel()
-            await asyncio.gather(self._flusher, return_exceptions=True)
+        tasks = [*self._records, *([self._flusher] if self._flusher is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def admit(self, connection: Connection) -> bool:
         if len(self._connections) >= MAX_CONNECTIONS:
@@ -94,6 +96,21 @@ class InlineCapture:
         """Answer `handle` once log and disk are durable."""
         self._waiting.append((connection, disk, handle))
         self._flush_wanted.set()
+
+    def record_soon(self, connection: Connection, disk: Disk, offset: int, length: int) -> None:
+        """Have a range recorded as touched, then let `connection` go on."""
+        task = asyncio.get_running_loop().create_task(self._record(connection, disk, offset, length))
+        self._records.add(task)  # one a connection at most, so MAX_CONNECTIONS bounds it
+        task.add_done_callback(self._records.discard)
+
+    async def _record(self, connection: Connection, disk: Disk, offset: int, length: int) -> None:
+        failure: OSError | None = None
+        try:
+            await self.ladder.touched[disk.index].record(offset, length)
+        except OSError as error:
+            _log.error("disk %s: a touched region can't be recorded: %s", disk.name, error)
+            failure = error
+        connection.recorded(failure)
 
     async def _serve(self, name: str, address: Address) -> None:
         loop = asyncio.get_running_loop()

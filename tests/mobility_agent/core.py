@@ -17,6 +17,7 @@ from mobility_agent.changelog import ChangeLog
 from mobility_agent.ladder import Ladder
 from mobility_agent.regions import DirtyRegions
 from mobility_agent.seeding import Seeder
+from mobility_agent.touched import TouchedRegions
 from replicar.clock import SystemClock
 from replicar.formats import frame
 from replicar.formats.frame import Flag, Kind
@@ -62,7 +63,8 @@ async def agent_core(
     log = open_log(directory / "log", limit_bytes=limit_bytes, boot_id=boot_id)
     disk = Disk(0, "root", image)
     regions = DirtyRegions(directory / "root.regions", disk.size_bytes)
-    ladder = Ladder(log, [disk], {0: regions})
+    touched = TouchedRegions(directory / "root.touched", disk.size_bytes)
+    ladder = Ladder(log, [disk], {0: regions}, {0: touched})
     ladder.start()
     socket = directory / "nbd"
     try:
@@ -70,6 +72,7 @@ async def agent_core(
             yield Core(log, disk, ladder, capture, socket, Seeder(ladder, SystemClock()))
         await log.close()
     finally:
+        touched.close()
         regions.close()
         disk.close()
 

@@ -1,0 +1,122 @@
+"""The touched record: which coarse regions of a disk a power cut can have left different from what the log says.
+
+A region is recorded, durably, before the first write to it; it is retired once log and disk are both durable and
+nothing was written there since. So after a power cut, whatever of the last writes reached the disk and not the log, or
+the log and not the disk, lies in recorded regions, and only those have to be read and sent again.
+
+The price is one fdatasync for the first write to a region of 16 MiB in a while; the write waits for it, the loop does
+not. Writes to recorded regions cost two looks into a byte string.
+
+    recorded   durable in the file: writes may go on
+    active     written since the last retiring round began
+
+Weak: a whole region is compared for one sector of doubt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import xxhash
+
+_MAGIC: Final = b"RPTOUCH\x01"
+_PAGE: Final = 4096
+_HEADER = struct.Struct("<8sQQ")
+REGION_SHIFT: Final = 24
+REGION_BYTES: Final = 1 << REGION_SHIFT
+
+
+class TouchedRegions:
+    """The record of one disk.
+
+    `known` is False if there was no record of this disk to begin with: then nothing can be said about its past.
+
+    Args:
+        path: the record's file; made if it is missing or describes a disk of another size.
+    """
+
+    def __init__(self, path: Path, disk_bytes: int) -> None:
+        self.disk_bytes = disk_bytes
+        regions = -(-disk_bytes // REGION_BYTES)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.ftruncate(self._fd, _PAGE + regions)
+        self._file = mmap.mmap(self._fd, _PAGE + regions)
+        body = _HEADER.pack(_MAGIC, disk_bytes, REGION_BYTES)
+        head = body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+        self.known = self._file[: len(head)] == head
+        if not self.known:
+            self._file[_PAGE:] = bytes(regions)
+            self._file[: len(head)] = head
+            os.fsync(self._fd)
+        self._recorded = bytearray(self._file[_PAGE:])
+        self._active = bytearray(self._recorded)
+        self._lock = asyncio.Lock()
+
+    def covers(self, offset: int, length: int) -> bool:
+        """Whether [offset, offset + length) may be written now. Notes that it is."""
+        first, last = offset >> REGION_SHIFT, (offset + length - 1) >> REGION_SHIFT
+        recorded, active = self._recorded, self._active
+        if last - first < 2:
+            if not (recorded[first] and recorded[last]):
+                return False
+            active[first] = active[last] = 1
+            return True
+        if not all(recorded[first : last + 1]):
+            return False
+        active[first : last + 1] = b"\1" * (last + 1 - first)
+        return True
+
+    async def record(self, offset: int, length: int) -> None:
+        """Return when the regions of the range are recorded durably.
+
+        Raises:
+            OSError: they can't be; nothing may be written there.
+        """
+        first, end = offset >> REGION_SHIFT, ((offset + length - 1) >> REGION_SHIFT) + 1
+        async with self._lock:
+            self._file[_PAGE + first : _PAGE + end] = b"\1" * (end - first)
+            await asyncio.to_thread(os.fdatasync, self._fd)
+            self._recorded[first:end] = self._active[first:end] = b"\1" * (end - first)
+
+    @property
+    def count(self) -> int:
+        """How many regions are recorded."""
+        return self._recorded.count(1)
+
+    def begin_round(self) -> None:
+        """From here on only what is written again is active. Make log and disk durable next, then `retire`."""
+        self._active = bytearray(len(self._active))
+
+    async def retire(self) -> None:
+        """Log and disk are durable as of `begin_round`: forget what was not written since.
+
+        The forgetting itself need not be durable: a region too many costs a comparison.
+        """
+        async with self._lock:
+            for index in np.flatnonzero(np.frombuffer(self._recorded, np.uint8)).tolist():
+                if not self._active[index]:
+                    self._recorded[index] = 0
+                    self._file[_PAGE + index] = 0
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """The recorded regions as (offset, length), neighbours joined."""
+        found = np.flatnonzero(np.frombuffer(bytes(self._recorded), np.uint8))
+        joined: list[tuple[int, int]] = []
+        for index in found.tolist():
+            start, end = index * REGION_BYTES, min((index + 1) * REGION_BYTES, self.disk_bytes)
+            if joined and joined[-1][0] + joined[-1][1] == start:
+                joined[-1] = (joined[-1][0], end - joined[-1][0])
+            else:
+                joined.append((start, end - start))
+        return joined
+
+    def close(self) -> None:
+        self._file.flush()
+        self._file.close()
+        os.close(self._fd)
