@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -48,8 +49,10 @@ class Disk:
         self.watch_start = self.watch_end = 0
         self.watch_hit = False
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if path.is_block_device() else 0))
         except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise _in_use(name, path) from None
             raise PermanentError(
                 f"disk {name} ({path}) can't be opened: {error.strerror}",
                 hint="check the path and that the agent may read and write it",
@@ -57,6 +60,7 @@ class Disk:
                 path=str(path),
             ) from None
         try:
+            _lock(self.fd, name, path)
             self.size_bytes = _size_bytes(self.fd, name, path)
         except BaseException:
             os.close(self.fd)
@@ -120,6 +124,25 @@ class Disk:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _lock(fd: int, name: str, path: Path) -> None:
+    """Keep a second agent off a file: it would acknowledge writes that this one never sees. Devices have O_EXCL."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(name, path) from None
+
+
+def _in_use(name: str, path: Path) -> PermanentError:
+    return PermanentError(
+        f"disk {name} ({path}) is in use by another process",
+        hint="what that writes would be missing in the replica: stop the other agent, or unmount the device",
+        disk=name,
+        path=str(path),
+    )
 
 
 def _size_bytes(fd: int, name: str, path: Path) -> int:
