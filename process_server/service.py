@@ -158,6 +158,7 @@ class ProcessServer:
             _log.warning("the last status can't be written: %s", error)  # it is a lower bound, and an older one will do
 
     async def _drain(self, workshop: Workshop, roster: Roster) -> None:
+        _log.info("stopping: storing what is pending, for %d s at most; the rest stays in the cache", DRAIN_SECONDS)
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 await workshop.committer.flushed()
