@@ -113,10 +113,9 @@ class Intake:
 
     def _whole(self, data: memoryview, start: int, header: FrameHeader) -> Step:
         try:
-            found = frame.read_frame(data, start)
+            found = frame.read_body(header, data, start)
         except CorruptionError as error:
             return self._unwanted(header, header.frame_bytes, error.message, again=self._is_repeat(header))
-        assert found is not None, "the caller saw that the frame is all there"
         if header.first_sequence != self.next_sequence and not may_jump(header, found.table, self.next_sequence):
             return self._unwanted(header, header.frame_bytes, self._disorder(header), again=self._is_repeat(header))
         self.is_seeking = False
