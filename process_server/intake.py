@@ -62,8 +62,12 @@ _SEARCH_BYTES: Final = 4096
 
 
 def may_jump(header: FrameHeader, table: Table, next_sequence: int) -> bool:
-    """Whether a frame that is not the next one may follow all the same."""
-    return header.first_sequence > next_sequence and frame.begins_anew(table)
+    """Whether a frame that is not the next one may follow all the same.
+
+    A gap alone is no reason: the ladder says GAP too, in order, and what it leaves behind is still to come.
+    """
+    first = header.first_sequence
+    return first > next_sequence and frame.may_begin_anew(first) and frame.begins_anew(table)
 
 
 class Intake:
