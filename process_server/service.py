@@ -22,7 +22,7 @@ from process_server import assignments
 from process_server.cache import CacheFile
 from process_server.commit import Committer
 from process_server.control import Control
-from process_server.health import ServerHealth, error_data, stored_numbers
+from process_server.health import ServerHealth, error_data, stored_before
 from process_server.listener import Listener
 from process_server.machine import Workshop
 from process_server.pipeline import first_error
@@ -96,7 +96,7 @@ class ProcessServer:
             workshop = Workshop(store, cache, slots, committer, sealer, self._clock, settings.tuning())
             try:
                 async with asyncio.TaskGroup() as group:
-                    self.roster = Roster(workshop, group, found.by_machine, stored_numbers(directory))
+                    self.roster = Roster(workshop, group, found.by_machine, stored_before(directory))
                     await self._serve(group, workshop, client, stop, ready)
             except BaseExceptionGroup as errors:
                 raise first_error(errors) from None

@@ -192,13 +192,18 @@ class AgentInstructions(Message):
 
 
 class MachineProgress(Message):
-    """How far a process server is with one machine; segment and digest are those of the last stored segment."""
+    """How far a process server is with one machine; segment and digest are those of the last stored segment.
+
+    The bytes are counted from zero since whatever `counted_since` names (any text, another one for every beginning), so
+    that a restart is told from a repetition; without it, only a number lower than before is known for a restart.
+    """
 
     machine_id: uuid.UUID
     received_sequence: Count = 0
     stored_sequence: Count = 0
     stored_segment: Count | None = None
     stored_digest: Digest = ""
+    counted_since: Annotated[str, StringConstraints(max_length=64)] = ""
     bytes_received: Count = 0
     bytes_stored: Count = 0
 
@@ -235,7 +240,11 @@ class _WithDataKey(Message):
 
 
 class ProcessServerAssignment(_WithDataKey):
-    """A machine to accept, with the key to seal its segments by. Both keys are base64."""
+    """A machine to accept, with the key to seal its segments by. Both keys are base64.
+
+    `stored_*`: a segment of this incarnation that is known to be in storage, its last sequence and its digest. Whoever
+    takes the log over must find it there; None and 0 while nothing is known.
+    """
 
     machine_id: uuid.UUID
     name: Text
@@ -243,6 +252,9 @@ class ProcessServerAssignment(_WithDataKey):
     incarnation: Count
     wrapped_key: Text
     key_id: Text
+    stored_segment: Count | None = None
+    stored_sequence: Count = 0
+    stored_digest: Digest = ""
 
 
 class ProcessServerInstructions(Message):

@@ -40,6 +40,23 @@ def test_a_registry_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
         Registry(tmp_path / "r.sqlite")
 
 
+def test_a_registry_of_the_first_version_is_taken_over_with_what_it_counted(tmp_path: Path) -> None:
+    opened = Registry(tmp_path / "r.sqlite")
+    party = opened.run(lambda c: parties.admit(c, Role.MACHINE, "db1", 1))
+    opened.run(lambda c: c.execute("UPDATE machines SET bytes_received = 700, bytes_stored = 300"))
+    for column in ("counted_since", "counted_received", "counted_stored"):
+        opened.connection.execute(f"ALTER TABLE machines DROP COLUMN {column}")
+    opened.connection.execute("PRAGMA user_version = 1")
+    opened.close()
+    for _ in range(2):
+        opened = Registry(tmp_path / "r.sqlite")
+        row = opened.run(lambda c: c.execute("SELECT * FROM machines").fetchone())
+        assert row["id"] == str(party.id)
+        assert (row["bytes_received"], row["counted_received"]) == (700, 700)
+        assert (row["bytes_stored"], row["counted_stored"], row["counted_since"]) == (300, 300, "")
+        opened.close()
+
+
 def test_a_file_that_is_no_registry_is_corruption_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "r.sqlite").write_bytes(b"this is no database" * 1000)
     with pytest.raises(CorruptionError, match=r"r\.sqlite is damaged") as refusal:
