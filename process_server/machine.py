@@ -188,6 +188,12 @@ class Machine:
         self._stored = _further(self._stored, stored)
         return self._pipeline is None or self._pipeline.tail.number >= stored.number
 
+    def reassign(self, assignment: Assignment) -> None:
+        """Go on under this assignment. Of an earlier incarnation nothing has to be in storage any more."""
+        if assignment.incarnation != self.assignment.incarnation:
+            self._stored = assignment.stored
+        self.assignment = assignment
+
     # --- life ---
 
     async def run(self) -> None:

@@ -53,8 +53,8 @@ class Roster:
         for machine_id, each in wanted.items():
             machine = self._machines.get(machine_id)
             if machine is not None and machine.assignment != each:
-                if machine.assignment.writer == each.writer and machine.state is not MachineState.REFUSING:
-                    machine.assignment = replace(each)  # another name or incarnation: the stream goes on
+                if _goes_on(machine, each):
+                    machine.reassign(replace(each))
                 else:
                     await self._stop(machine_id)
             elif machine is not None and not machine.learn(each.stored):
@@ -90,3 +90,12 @@ class Roster:
         task.cancel()
         await asyncio.wait([task])
         await machine.close()
+
+
+def _goes_on(machine: Machine, assignment: Assignment) -> bool:
+    """Whether a machine's stream goes on under a changed assignment: another name, or another incarnation while all is
+    well. A machine that was enrolled again while its log could not be opened begins anew, for that is what it was done
+    for: what was stored of its earlier incarnation may be lost for good."""
+    if machine.assignment.writer != assignment.writer or machine.state is MachineState.REFUSING:
+        return False
+    return machine.state is MachineState.RUNNING or machine.assignment.incarnation == assignment.incarnation

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from process_server.cli import app
 from process_server.health import STATUS_FILE, ServerHealth
 from simulator.azurite import Azurite
-from tests.process_server.test_service import world
+from tests.process_server.processes import world
 
 
 def _health(time_ns: int) -> ServerHealth:
