@@ -89,6 +89,7 @@ def _summary(row: sqlite3.Row, now_ns: int) -> MachineSummary:
         bytes_received=row["bytes_received"],
         bytes_stored=row["bytes_stored"],
         disks=report.disks,
+        audit=report.audit,
     )
 
 

@@ -15,6 +15,7 @@ import random
 from pathlib import Path
 from typing import Final
 
+from mobility_agent.auditing import Auditor
 from mobility_agent.gaps import Gaps
 from mobility_agent.ladder import Ladder
 from mobility_agent.marks import Marks
@@ -24,7 +25,14 @@ from mobility_agent.sender import Sender, SenderState
 from mobility_agent.state import StateDirectory
 from replicar.clock import Clock
 from replicar.control.client import ControlClient
-from replicar.control.messages import MAX_WAIT_SECONDS, AgentHeartbeat, AgentInstructions, DiskReport, MachineState
+from replicar.control.messages import (
+    MAX_WAIT_SECONDS,
+    AgentHeartbeat,
+    AgentInstructions,
+    AuditReport,
+    DiskReport,
+    MachineState,
+)
 from replicar.errors import LimitError, ReplicarError, TransientError
 
 DEFAULT_HEARTBEAT_SECONDS: Final = 5.0
@@ -48,6 +56,7 @@ class Control:
     Args:
         client: entered.
         heartbeat_seconds: how often to report when nothing happens; None leaves it to the config server.
+        auditor: None if nothing is audited.
     """
 
     def __init__(
@@ -62,6 +71,7 @@ class Control:
         clock: Clock,
         *,
         heartbeat_seconds: float | None = None,
+        auditor: Auditor | None = None,
         randomness: random.Random | None = None,
     ) -> None:
         self.error: ReplicarError | None = None
@@ -74,6 +84,7 @@ class Control:
         self._metrics = metrics
         self._clock = clock
         self._set_seconds = heartbeat_seconds
+        self._auditor = auditor
         self._told_seconds = DEFAULT_HEARTBEAT_SECONDS
         self._randomness = randomness or random.Random()
         self._backoff = Backoff(first_seconds=0.5, most_seconds=10.0, slow_first_seconds=2.0, slow_most_seconds=60.0)
@@ -92,6 +103,11 @@ class Control:
         if self._ladder.in_gap:
             return MachineState.INITIAL_REPLICATION if self._gaps.is_first else MachineState.RESYNCHRONISING
         return MachineState.PROTECTED
+
+    @property
+    def audit(self) -> AuditReport | None:
+        """How far the audits are; None if there are none."""
+        return self._auditor.report if self._auditor is not None else None
 
     async def run(self) -> None:
         """Report for ever; cancel to stop."""
@@ -143,6 +159,7 @@ class Control:
             gaps=self._gaps.reports(),
             refusals=self._marks.refusals(),
             ordered_from=self._gaps.ordered_from,
+            audit=self.audit,
             wait_seconds=wait_seconds,
         )
 

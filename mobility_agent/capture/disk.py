@@ -2,6 +2,10 @@
 
 The agent keeps no copy of it and no state about it beyond its size; what is written goes straight to the kernel, and a
 `flush` means that the kernel has put it down durably.
+
+Background readers (seeding, auditing) learn by a `Watch` whether what they read was written meanwhile. A write asks one
+question for all of them, whether it touches the span from the first watched byte to the last; only then is it looked at
+more closely, so a watch costs the writes elsewhere nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -20,6 +26,8 @@ from replicar.formats.frame import MAX_DISK_BYTES, SECTOR_BYTES, Buffer
 
 _KEEP_SIZE_PUNCH_HOLE: Final = 0x01 | 0x02
 _ZERO_PIECE: Final = bytes(1 << 20)
+#: Ranges watched at once: one for each background reader there is, and some to spare.
+MAX_WATCHES: Final = 8
 #: A file system or device that can't punch holes answers with one of these; zeros are written instead.
 _CANNOT_PUNCH: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
@@ -27,11 +35,20 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
+class Watch:
+    """A range of a disk, and whether it was written since `hit` was last set to False."""
+
+    __slots__ = ("end", "hit", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end, self.hit = start, end, False
+
+
 class Disk:
     """One disk of the machine, opened for reading and writing.
 
-    `watch` lets a background reader learn whether a range was written while it was being read: set `watch_start` and
-    `watch_end`, and look at `watch_hit` afterwards. Writers (capture) set it; both run on one thread.
+    Writers (capture) call `touched` before they write what overlaps [`watch_start`, `watch_end`), the span of all
+    watches; writers and whoever watches run on one thread.
 
     Args:
         index: its number in descriptors.
@@ -47,7 +64,8 @@ class Disk:
         self.name = name
         self.path = path
         self.watch_start = self.watch_end = 0
-        self.watch_hit = False
+        self._watches: list[Watch] = []
+        self._direct_fd: int | None = None
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if path.is_block_device() else 0))
         except OSError as error:
@@ -66,6 +84,25 @@ class Disk:
             os.close(self.fd)
             raise
 
+    @contextmanager
+    def watch(self, start: int, end: int) -> Iterator[Watch]:
+        """Watch a range while the block runs: every write that touches it sets the watch's `hit`."""
+        assert len(self._watches) < MAX_WATCHES, "every background reader watches one range at a time"
+        watch = Watch(start, end)
+        self._watches.append(watch)
+        self._span()
+        try:
+            yield watch
+        finally:
+            self._watches.remove(watch)
+            self._span()
+
+    def touched(self, offset: int, length: int) -> None:
+        """A write of this range is about to be done."""
+        for watch in self._watches:
+            if offset < watch.end and offset + length > watch.start:
+                watch.hit = True
+
     def read(self, offset: int, length: int) -> bytes:
         data = os.pread(self.fd, length, offset)
         if len(data) != length:
@@ -74,12 +111,30 @@ class Disk:
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes at `offset`."""
-        done = 0
-        while done < len(target):
-            count = os.preadv(self.fd, [target[done:]], offset + done)
-            if count == 0:
-                raise OSError(errno.EIO, f"disk {self.name} ends at {offset + done}")
-            done += count
+        self._fill(self.fd, offset, target)
+
+    def read_direct(self, offset: int, target: memoryview) -> None:
+        """The same past the page cache: what the disk itself has, and nobody's cached pages are driven out for it.
+
+        Where that is refused (a file system without direct I/O, sectors that the range does not fit) it is read as
+        usual.
+
+        Args:
+            target: page-aligned.
+        """
+        if self._direct_fd is None:
+            try:
+                self._direct_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct_fd = os.dup(self.fd)
+        try:
+            self._fill(self._direct_fd, offset, target)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._fill(self.fd, offset, target)
 
     def write(self, offset: int, data: Buffer) -> None:
         done = os.pwrite(self.fd, data, offset)
@@ -116,6 +171,9 @@ class Disk:
 
     def close(self) -> None:
         os.close(self.fd)
+        if self._direct_fd is not None:
+            os.close(self._direct_fd)
+            self._direct_fd = None
 
     def __enter__(self) -> Disk:
         return self
@@ -124,6 +182,18 @@ class Disk:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _span(self) -> None:
+        self.watch_start = min((watch.start for watch in self._watches), default=0)
+        self.watch_end = max((watch.end for watch in self._watches), default=0)
+
+    def _fill(self, fd: int, offset: int, target: memoryview) -> None:
+        done = 0
+        while done < len(target):
+            count = os.preadv(fd, [target[done:]], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, f"disk {self.name} ends at {offset + done}")
+            done += count
 
 
 def _lock(fd: int, name: str, path: Path) -> None:

@@ -134,6 +134,21 @@ class GapReport(Message):
     reason: Text = ""
 
 
+class AuditReport(Message):
+    """How far the round of audits over all disks is, and when the last whole one began and ended (None: never yet).
+
+    `skipped_bytes` were left out because they were written all the time, or could not be read.
+    """
+
+    bytes_per_second: Count
+    done_bytes: Count = 0
+    total_bytes: Count = 0
+    skipped_bytes: Count = 0
+    last_began_ns: Count | None = None
+    last_ended_ns: Count | None = None
+    last_skipped_bytes: Count = 0
+
+
 class AgentHeartbeat(Message):
     """POST /v1/heartbeats/machine.
 
@@ -157,6 +172,7 @@ class AgentHeartbeat(Message):
     gaps: Annotated[tuple[GapReport, ...], Field(max_length=1024)] = ()
     refusals: Annotated[tuple[CommandRefusal, ...], Field(max_length=64)] = ()
     ordered_from: tuple[Count, Count] | None = None
+    audit: AuditReport | None = None
     wait_seconds: Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS)] = 0.0
     known_version: Text = ""
 
@@ -292,6 +308,7 @@ class MachineSummary(Message):
     bytes_received: Count
     bytes_stored: Count
     disks: tuple[DiskReport, ...]
+    audit: AuditReport | None = None
 
     @property
     def seed_done_bytes(self) -> int:

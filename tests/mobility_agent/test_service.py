@@ -46,6 +46,7 @@ class Site:
             "journal_bytes": 64 * MIB,
             "journal_file_bytes": 4 * MIB,
             "heartbeat_seconds": 0.3,
+            "audit_bytes_per_second": 0,  # what these stories count is what they wrote
         }
         return AgentSettings.model_validate(chosen | fields)
 
