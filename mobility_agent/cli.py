@@ -108,6 +108,8 @@ def run(
 
     audit_bytes_per_second = "4 MiB"   how fast the disks are read again to prove the copy; 0: not at all
 
+    mark_every_seconds = 300   how often a recovery point is named by itself; 0: never
+
     journal_file_bytes, seed_bytes_per_second, rate_limit_bytes_per_second, seal_delay_seconds, heartbeat_seconds
 
     and for each disk a table [[disks]] with name, path, and nbd (a socket path, or host:port on this machine)

@@ -1,7 +1,7 @@
 """The agent as a service: opens what there is in the right order, runs its parts as one group of tasks, closes it all.
 
     state directory, locked -> identity -> disks -> change log -> ladder -> NBD served
-        -> sender, seeder, auditor, control
+        -> sender, seeder, auditor, schedule, control
 
 Nothing is served before the change log is open, and nothing is closed before serving has ended. On a stop signal: no
 more NBD requests are taken, the parts are cancelled, the disks and the log are made durable, in this order. What was
@@ -37,6 +37,7 @@ from mobility_agent.metrics import SAMPLE_SECONDS, Metrics
 from mobility_agent.records import Record, RecordedLog, held_records
 from mobility_agent.regions import DirtyRegions
 from mobility_agent.retry import first_of
+from mobility_agent.schedule import Schedule
 from mobility_agent.seeding import Seeder
 from mobility_agent.sender import Sender, SenderState
 from mobility_agent.settings import AgentSettings
@@ -145,6 +146,9 @@ class Service:
         """The parts that the operator may switch off, as far as they are on."""
         if auditor is not None:
             yield auditor.run()
+        every = self._settings.mark_every_seconds
+        if every:
+            yield Schedule(core.marks, core.ladder, self._clock, every_seconds=every).run()
 
     @asynccontextmanager
     async def _core(self, state: StateDirectory) -> AsyncIterator[_Core]:
