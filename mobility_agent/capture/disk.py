@@ -54,12 +54,16 @@ class Disk:
         index: its number in descriptors.
         name: the operator's name for it.
         path: a block device or a file whose size is a whole number of sectors.
+        flags: of open(2); a disk that is only read need not be writable.
 
     Raises:
         PermanentError: it is missing, can't be opened, or has a size that no disk has.
     """
 
-    def __init__(self, index: int, name: str, path: Path) -> None:
+    #: Whether writes to it pass the agent, so that one that is logged may have to be done again.
+    is_served = True
+
+    def __init__(self, index: int, name: str, path: Path, *, flags: int = os.O_RDWR) -> None:
         self.index = index
         self.name = name
         self.path = path
@@ -67,7 +71,9 @@ class Disk:
         self._watches: list[Watch] = []
         self._direct_fd: int | None = None
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if path.is_block_device() else 0))
+            # Somebody who only reads may share a disk, even one that is mounted.
+            exclusive = os.O_EXCL if self.is_served and path.is_block_device() else 0
+            self.fd = os.open(path, flags | exclusive | os.O_CLOEXEC)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 raise _in_use(name, path) from None
@@ -78,7 +84,8 @@ class Disk:
                 path=str(path),
             ) from None
         try:
-            _lock(self.fd, name, path)
+            if self.is_served:
+                _lock(self.fd, name, path)
             self.size_bytes = _size_bytes(self.fd, name, path)
         except BaseException:
             os.close(self.fd)
