@@ -90,6 +90,7 @@ def _summary(row: sqlite3.Row, now_ns: int) -> MachineSummary:
         bytes_stored=row["bytes_stored"],
         disks=report.disks,
         audit=report.audit,
+        capture=report.capture,
     )
 
 

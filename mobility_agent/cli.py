@@ -17,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mobility_agent.capture.trace.freeze import thaw_all
+from mobility_agent.capture.trace.tracked import BlockDevice
 from mobility_agent.service import Service
 from mobility_agent.settings import SETTINGS_VARIABLE, load_settings
 from mobility_agent.state import StateDirectory
@@ -98,7 +100,7 @@ def run(
     ] = Path("/etc/replicar/agent.toml"),
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
-    """Serve the disks over NBD and replicate what is written to them, until SIGTERM.
+    """Serve the disks over NBD (or follow them) and replicate what is written to them, until SIGTERM.
 
     Settings (any of them also as REPLICAR_AGENT_<NAME> in the environment):
 
@@ -109,6 +111,7 @@ def run(
     audit_bytes_per_second = "4 MiB"   how fast the disks are read again to prove the copy; 0: not at all
 
     mark_every_seconds = 300   how often a recovery point is named by itself; 0: never
+    capture = "inline"   or "trace": follow mounted block devices where they are; freeze_budget_seconds = 0.5
 
     journal_file_bytes, seed_bytes_per_second, rate_limit_bytes_per_second, seal_delay_seconds, heartbeat_seconds
 
@@ -122,6 +125,21 @@ def run(
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     chosen = load_settings(settings)
     _run(lambda: _serve(Service(chosen)))
+
+
+@app.command()
+def thaw(
+    settings: Annotated[
+        Path, typer.Option("--settings", "-s", envvar=SETTINGS_VARIABLE, help="The agent's settings, a TOML file.")
+    ] = Path("/etc/replicar/agent.toml"),
+) -> None:
+    """Thaw file systems that a traced machine's agent left frozen. For the unit's ExecStopPost; harmless otherwise.
+
+    An agent that dies is followed by a guard that thaws. Only if both are killed at one instant is anything left.
+    """
+    for disk in load_settings(settings).disks:
+        for mountpoint in thaw_all(BlockDevice(disk.path).family()):
+            print(f"thawed {mountpoint}")
 
 
 @app.command()
@@ -154,9 +172,11 @@ def _show(facts: dict[str, Any]) -> None:
     sender, control = facts["sender"], facts["config_server"]
     table = Table(show_header=False, box=None, pad_edge=False)
     behind = facts["captured_sequence"] - facts["stored_sequence"]
+    capture = facts["capture"]
+    traced = capture["kind"] == "trace"
     rows = [
         ("machine", f"{facts['machine']} ({facts['machine_id']})"),
-        ("state", facts["state"] + (" (inside a gap: no points)" if facts["in_gap"] else "")),
+        ("state", facts["state"] + (" (inside a gap: no points)" if facts["in_gap"] and not traced else "")),
         ("process server", f"{sender['server'] or 'none assigned'}, {sender['state']}"),
         (
             "RPO",
@@ -170,7 +190,10 @@ def _show(facts: dict[str, Any]) -> None:
     ]
     for disk in facts["disks"]:
         done = 100.0 * (1 - disk["dirty_bytes"] / disk["size_bytes"])
-        rows.append((f"disk {disk['name']}", f"{_size(disk['size_bytes'])}, {done:.1f} % replicated, at {disk['nbd']}"))
+        where = disk["path"] if traced else disk["nbd"]
+        rows.append((f"disk {disk['name']}", f"{_size(disk['size_bytes'])}, {done:.1f} % replicated, at {where}"))
+    if traced:
+        rows += _trace_rows(capture)
     for what, error in (("not sending", sender["error"]), ("config server", control["error"])):
         if error is not None:
             rows.append((what, f"{error['message']}; {error['hint']}" if error["hint"] else error["message"]))
@@ -190,6 +213,22 @@ def _audit(facts: dict[str, Any]) -> str:
     age = max(facts["time_ns"] - audit["last_ended_ns"], 0) / 3.6e12
     left_out = f", {_size(audit['last_skipped_bytes'])} left out" if audit["last_skipped_bytes"] else ""
     return f"{text}; the last whole round ended {age:.1f} h ago{left_out}"
+
+
+def _trace_rows(capture: dict[str, Any]) -> list[tuple[str, str]]:
+    points = "none yet: `replicar tag` makes one"
+    if capture["points"]:
+        last, longest = capture["last_freeze_seconds"] * 1000, capture["longest_freeze_seconds"] * 1000
+        held = f"writers were held {last:.0f} ms at the last, {longest:.0f} ms at most"
+        points = f"{capture['points']} since the agent started; {held}"
+    rows = [
+        ("capture", f"trace, {capture['method']}: {capture['reason']}"),
+        ("to copy", f"{_size(capture['dirty_bytes'])}" + ("" if capture["is_whole"] else " (the disks in full)")),
+        ("points", f"{points}; nothing in between can be recovered"),
+    ]
+    if capture["refused"]:
+        rows.append(("last refusal", capture["refused"]))
+    return rows
 
 
 def _size(count: float) -> str:

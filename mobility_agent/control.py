@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from mobility_agent.auditing import Auditor
 from mobility_agent.gaps import Gaps
@@ -30,6 +30,7 @@ from replicar.control.messages import (
     AgentHeartbeat,
     AgentInstructions,
     AuditReport,
+    Command,
     DiskReport,
     MachineState,
 )
@@ -50,6 +51,17 @@ FAREWELL_SECONDS: Final = 2.0
 _log = logging.getLogger(__name__)
 
 
+class Traced(Protocol):
+    """What trace capture (`traced`) answers for."""
+
+    @property
+    def is_behind(self) -> bool: ...
+
+    def summary(self) -> str: ...
+
+    async def carry_out(self, command: Command) -> None: ...
+
+
 class Control:
     """The control loop of one agent.
 
@@ -57,6 +69,7 @@ class Control:
         client: entered.
         heartbeat_seconds: how often to report when nothing happens; None leaves it to the config server.
         auditor: None if nothing is audited.
+        traced: the machine's trace capture, if that is how it is captured.
     """
 
     def __init__(
@@ -72,6 +85,7 @@ class Control:
         *,
         heartbeat_seconds: float | None = None,
         auditor: Auditor | None = None,
+        traced: Traced | None = None,
         randomness: random.Random | None = None,
     ) -> None:
         self.error: ReplicarError | None = None
@@ -83,6 +97,7 @@ class Control:
         self._gaps = gaps
         self._metrics = metrics
         self._clock = clock
+        self._traced = traced
         self._set_seconds = heartbeat_seconds
         self._auditor = auditor
         self._told_seconds = DEFAULT_HEARTBEAT_SECONDS
@@ -100,7 +115,7 @@ class Control:
             return MachineState.STARTING
         if sender is not SenderState.STREAMING:
             return MachineState.DISCONNECTED
-        if self._ladder.in_gap:
+        if self._is_behind:
             return MachineState.INITIAL_REPLICATION if self._gaps.is_first else MachineState.RESYNCHRONISING
         return MachineState.PROTECTED
 
@@ -108,6 +123,11 @@ class Control:
     def audit(self) -> AuditReport | None:
         """How far the audits are; None if there are none."""
         return self._auditor.report if self._auditor is not None else None
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether the newest state can't be recovered yet; trace capture is in a gap always, but for its points."""
+        return self._ladder.in_gap if self._traced is None else self._traced.is_behind
 
     async def run(self) -> None:
         """Report for ever; cancel to stop."""
@@ -160,6 +180,7 @@ class Control:
             refusals=self._marks.refusals(),
             ordered_from=self._gaps.ordered_from,
             audit=self.audit,
+            capture=self._traced.summary()[:512] if self._traced is not None else "",
             wait_seconds=wait_seconds,
         )
 
@@ -182,7 +203,7 @@ class Control:
         recent_ns = self._clock.now_ns() - int(MARK_WAIT_SECONDS * 1e9)
         if mark is not None and mark.sequence > self._ladder.log.stored_sequence and mark.time_ns > recent_ns:
             seconds = min(seconds, MARK_SECONDS)
-        if self._ladder.in_gap:
+        if self._is_behind:
             seconds = min(seconds, PROGRESS_SECONDS)
         return min(seconds, MAX_WAIT_SECONDS)
 
@@ -207,7 +228,7 @@ class Control:
         failed: ReplicarError | None = None
         for command in instructions.commands:
             try:
-                await self._marks.carry_out(command)
+                await (self._traced or self._marks).carry_out(command)
             except LimitError as error:
                 failed = error
             except OSError as error:  # the agent goes on serving its disks, which matters more

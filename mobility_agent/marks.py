@@ -12,6 +12,10 @@ A process that dies before "made" finds an intent when it starts again, and look
 where the stream was. It is there, or it was never made. Only if that part of the log is gone too (stored and trimmed
 within the few milliseconds before the death) can nobody tell; then the command is refused rather than done twice.
 
+Where the stream has order at points only (trace capture), `at_point` brings it to one and has the mark appended there.
+A point that can't be had now refuses the command. The intent is written when the point is there, so that nothing is
+remembered of the many ways not to get there.
+
 A mark inside a gap is recorded, since the stream should show that somebody asked, but reported as not offered.
 
 Marks by the clock (`schedule`) are commands that the agent gives itself. They are reported without a command, and of
@@ -25,7 +29,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +38,7 @@ from mobility_agent.changelog import ChangeLog
 from mobility_agent.records import Record
 from replicar.control import files
 from replicar.control.messages import Command, CommandRefusal, MarkReport
-from replicar.errors import CorruptionError, LimitError, PermanentError, ReplicarError
+from replicar.errors import CorruptionError, LimitError, PermanentError, ReplicarError, TransientError
 from replicar.formats import record
 from replicar.formats.frame import Kind
 from replicar.formats.record import Consistency
@@ -87,6 +91,8 @@ class Marks:
         self._log = log
         self._path = path
         self._in_gap = in_gap
+        #: Calls what it is given once the stream is at a point; None: every place is one.
+        self.at_point: Callable[[Callable[[], None]], Awaitable[None]] | None = None
         self._making = asyncio.Lock()
         self._marks: dict[str, MadeMark] = {mark.mark_id: mark for mark in _load(path)}
         self._unreported = {mark.mark_id: mark for mark in self._marks.values() if mark.sequence}
@@ -159,12 +165,15 @@ class Marks:
             except ReplicarError as error:
                 self._refuse(command.id, error)
                 return
-            self._remember(await self._make(item))
+            try:
+                self._remember(await self._make(item))
+            except TransientError as error:
+                self._refuse(command.id, error)
 
     async def _make(self, item: record.Mark) -> MadeMark:
         made = self._appended.get(item.mark_id)
         if made is None:
-            made = self._appended[item.mark_id] = await self._append(item)
+            made = await self._append(item)
         # Should a step from here on fail, the next try goes on with the record that is in the stream.
         await self._log.sync()
         await self._save(made)
@@ -173,13 +182,30 @@ class Marks:
         return made
 
     async def _append(self, item: record.Mark) -> MadeMark:
-        intent = MadeMark(item.mark_id, item.name, item.consistency, self._log.next_sequence)
-        await self._save(intent)
+        if self.at_point is None:
+            intent = self._intent(item)
+            await self._save(intent)
+            return self._record(item, intent)
+
+        def append() -> None:
+            intent = self._intent(item)
+            files.write_file(self._path, self._with(intent), mode=files.PUBLIC_MODE)  # nothing may come in between
+            self._record(item, intent)
+
+        await self.at_point(append)
+        return self._appended[item.mark_id]
+
+    def _intent(self, item: record.Mark) -> MadeMark:
+        return MadeMark(item.mark_id, item.name, item.consistency, self._log.next_sequence)
+
+    def _record(self, item: record.Mark, intent: MadeMark) -> MadeMark:
         # Nothing runs between the question and the record, so the answer is true of the mark's place.
         in_gap = self._in_gap()
         sequence = self._log.append_record(Kind.MARK, item)
         self._marks[intent.mark_id] = intent  # kept in the file, whatever other marks are saved meanwhile
-        return replace(intent, sequence=sequence, time_ns=self._log.last_time_ns, in_gap=in_gap)
+        made = replace(intent, sequence=sequence, time_ns=self._log.last_time_ns, in_gap=in_gap)
+        self._appended[intent.mark_id] = made
+        return made
 
     def _wanted(self, command: Command) -> record.Mark:
         """Raises:
@@ -251,8 +277,10 @@ class Marks:
 
     async def _save(self, mark: MadeMark) -> None:
         """Make durable what is remembered, with `mark` as it is to be."""
-        data = _pack({**self._marks, mark.mark_id: mark})
-        await asyncio.to_thread(files.write_file, self._path, data, mode=files.PUBLIC_MODE)
+        await asyncio.to_thread(files.write_file, self._path, self._with(mark), mode=files.PUBLIC_MODE)
+
+    def _with(self, mark: MadeMark) -> bytes:
+        return _pack({**self._marks, mark.mark_id: mark})
 
     def _save_now(self) -> None:
         files.write_file(self._path, _pack(self._marks), mode=files.PUBLIC_MODE)

@@ -9,7 +9,7 @@ import os
 import socket
 from pathlib import Path
 
-from mobility_agent.settings import AgentSettings
+from mobility_agent.settings import AgentSettings, CaptureKind
 from replicar.control.files import make_directory
 from replicar.errors import PermanentError
 
@@ -23,7 +23,7 @@ def check(settings: AgentSettings, log_directory: Path) -> None:
     check_journal_space(settings, log_directory)
     for disk in settings.disks:
         path = settings.address(disk).path
-        if path is not None:
+        if settings.capture is CaptureKind.INLINE and path is not None:
             if not disk.nbd:
                 make_directory(path.parent)
             check_socket(disk.name, path)

@@ -2,7 +2,8 @@
 
 Marks are made at whole multiples of the interval since 1970, so machines with the same setting have them at the same
 time. In the ordered stream every sequence is a crash-consistent state already; a mark only gives it a name, and costs
-one record and one sync of the change log. Inside a gap there is no such state, and the mark is left out.
+one record and one sync of the change log; trace capture freezes the file systems for it. While the newest state can't
+be had (inside a gap, or before trace capture has copied everything once) the mark is left out.
 
 A mark that can't be made (the log is full, its disk fails) is left out too: the next one is never far.
 """
@@ -10,11 +11,11 @@ A mark that can't be made (the log is full, its disk fails) is left out too: the
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Final
 
-from mobility_agent.ladder import Ladder
-from mobility_agent.marks import COMMAND_KIND, SCHEDULED, Marks
+from mobility_agent.marks import COMMAND_KIND, SCHEDULED
 from replicar.clock import Clock
 from replicar.control.messages import Command
 from replicar.errors import ReplicarError
@@ -29,12 +30,21 @@ class Schedule:
     """Makes the marks of one machine.
 
     Args:
+        carry_out: makes a mark, as an operator's command has it made.
+        is_behind: whether the newest state can't be recovered just now.
         every_seconds: the interval, above 0.
     """
 
-    def __init__(self, marks: Marks, ladder: Ladder, clock: Clock, *, every_seconds: int) -> None:
-        self._marks = marks
-        self._ladder = ladder
+    def __init__(
+        self,
+        carry_out: Callable[[Command], Awaitable[None]],
+        is_behind: Callable[[], bool],
+        clock: Clock,
+        *,
+        every_seconds: int,
+    ) -> None:
+        self._carry_out = carry_out
+        self._is_behind = is_behind
         self._clock = clock
         self._every_ns = every_seconds * 10**9
 
@@ -55,10 +65,10 @@ class Schedule:
 
     async def _mark(self, now_ns: int) -> None:
         name = f"auto-{datetime.fromtimestamp(now_ns // 10**9, UTC):%Y-%m-%dT%H:%M:%SZ}"
-        if self._ladder.in_gap:
-            _log.info("no mark %s: order is not known just now", name)
+        if self._is_behind():
+            _log.info("no mark %s: the newest state can't be had just now", name)
             return
         try:
-            await self._marks.carry_out(Command(id=f"{SCHEDULED}{name}", kind=COMMAND_KIND, name=name))
+            await self._carry_out(Command(id=f"{SCHEDULED}{name}", kind=COMMAND_KIND, name=name))
         except (ReplicarError, OSError) as error:
             _log.warning("the mark %s is left out: %s", name, error)

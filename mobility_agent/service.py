@@ -2,6 +2,8 @@
 
     state directory, locked -> identity -> disks -> change log -> ladder -> NBD served
         -> sender, seeder, auditor, schedule, control
+    state directory, locked -> identity -> disks -> change log -> ladder -> NBD served -> sender, seeder, control
+                                                                      or disks followed (trace capture; `traced`)
 
 Nothing is served before the change log is open, and nothing is closed before serving has ended. On a stop signal: no
 more NBD requests are taken, the parts are cancelled, the disks and the log are made durable, in this order. What was
@@ -22,12 +24,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from mobility_agent import preflight
+from mobility_agent import preflight, traced
 from mobility_agent.auditing import Auditor
 from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.inline import InlineCapture
+from mobility_agent.capture.trace.tracked import TrackedDisk
 from mobility_agent.checkpoint import Checkpointer
 from mobility_agent.control import Control, regions_path, touched_path
 from mobility_agent.gaps import Gaps
@@ -40,15 +43,17 @@ from mobility_agent.retry import first_of
 from mobility_agent.schedule import Schedule
 from mobility_agent.seeding import Seeder
 from mobility_agent.sender import Sender, SenderState
-from mobility_agent.settings import AgentSettings
+from mobility_agent.settings import AgentSettings, CaptureKind
 from mobility_agent.state import StateDirectory, boot_id
 from mobility_agent.touched import TouchedRegions
+from mobility_agent.traced import TracedMachine
 from replicar.clock import Clock, SystemClock
 from replicar.control.client import ControlClient
 from replicar.control.identity import Identity, Role
 from replicar.errors import PermanentError
 
 STATUS_SECONDS: Final = 1.0
+Capture: TypeAlias = InlineCapture | TracedMachine
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +108,9 @@ class Service:
             software=f"replicar {metadata.version('replicar')}",
         )
         auditor = self._auditor(core)
+        follower = None
+        if settings.capture is CaptureKind.TRACE:
+            follower = TracedMachine(core.ladder, core.marks, core.gaps, settings, clock)
         control = Control(
             client,
             core.state,
@@ -114,22 +122,23 @@ class Service:
             clock,
             heartbeat_seconds=settings.heartbeat_seconds,
             auditor=auditor,
+            traced=follower,
         )
         seeder = Seeder(core.ladder, clock, bytes_per_second=settings.seed_bytes_per_second or 0)
         addresses = {disk.name: settings.address(disk).listen for disk in settings.disks}
-        async with InlineCapture(core.ladder, addresses) as capture:
+        async with follower or InlineCapture(core.ladder, addresses) as capture:
             for name, address in capture.addresses.items():
                 _log.info("disk %s is served at %s", name, address)
             self.ready.set()
             await first_of(
                 stop.wait(),
                 sender.run(),
-                seeder.run(),
+                (follower or seeder).run(),
                 Checkpointer(core.ladder, clock).run(),
                 control.run(),
-                self._measure(core, sender),
+                self._measure(follower or core.log, sender),
                 self._publish(core, sender, control, capture),
-                *self._wanted(core, auditor),
+                *self._wanted(core, auditor, follower),
             )
         _log.info("stopped: no more writes are taken")
         await core.log.sync()
@@ -138,17 +147,23 @@ class Service:
 
     def _auditor(self, core: _Core) -> Auditor | None:
         rate = int(self._settings.audit_bytes_per_second)
-        if not rate:
-            return None
+        if not rate or self._settings.capture is CaptureKind.TRACE:
+            return None  # a traced disk is learned of too late for a hash to have a place in the stream
         return Auditor(core.ladder, self._clock, core.state.audit_file, bytes_per_second=rate)
 
-    def _wanted(self, core: _Core, auditor: Auditor | None) -> Iterator[Coroutine[Any, Any, None]]:
+    def _wanted(
+        self, core: _Core, auditor: Auditor | None, follower: TracedMachine | None
+    ) -> Iterator[Coroutine[Any, Any, None]]:
         """The parts that the operator may switch off, as far as they are on."""
         if auditor is not None:
             yield auditor.run()
         every = self._settings.mark_every_seconds
         if every:
-            yield Schedule(core.marks, core.ladder, self._clock, every_seconds=every).run()
+            carry_out = follower.carry_out if follower is not None else core.marks.carry_out
+            # Trace capture is in a gap always, and says itself when it can't make a point.
+            yield Schedule(
+                carry_out, lambda: follower is None and core.ladder.in_gap, self._clock, every_seconds=every
+            ).run()
 
     @asynccontextmanager
     async def _core(self, state: StateDirectory) -> AsyncIterator[_Core]:
@@ -161,8 +176,10 @@ class Service:
                 hint="enrol this machine: `mobility-agent enrol`",
             )
         preflight.check(settings, state.log)
+        traced.check(settings, state.log)
         async with AsyncExitStack() as closing:
-            disks = [closing.enter_context(Disk(0, disk.name, disk.path)) for disk in settings.disks]
+            kind = TrackedDisk if settings.capture is CaptureKind.TRACE else Disk
+            disks = [closing.enter_context(kind(0, disk.name, disk.path)) for disk in settings.disks]
             known = state.settle_disks(identity, {disk.name: disk.size_bytes for disk in disks})
             for disk, settled in zip(disks, known, strict=True):
                 disk.index = settled.index
@@ -180,7 +197,10 @@ class Service:
             regions: dict[int, DirtyRegions] = {}
             touched: dict[int, TouchedRegions] = {}
             for disk in disks:
-                regions[disk.index] = DirtyRegions(regions_path(state, disk.index), disk.size_bytes)
+                if isinstance(disk, TrackedDisk):
+                    regions[disk.index] = traced.open_regions(state, disk)
+                else:
+                    regions[disk.index] = DirtyRegions(regions_path(state, disk.index), disk.size_bytes)
                 closing.callback(regions[disk.index].close)
                 touched[disk.index] = TouchedRegions(touched_path(state, disk.index), disk.size_bytes)
                 closing.callback(touched[disk.index].close)
@@ -193,14 +213,14 @@ class Service:
             ladder.start()
             yield _Core(state, identity, log, ladder, marks, gaps)
 
-    async def _measure(self, core: _Core, sender: Sender) -> None:
+    async def _measure(self, captured: RecordedLog | TracedMachine, sender: Sender) -> None:
         while True:
             protected = sender.status.state is not SenderState.UNASSIGNED
-            oldest_ns, now_ns = core.log.oldest_unstored_time_ns(), self._clock.now_ns()
+            oldest_ns, now_ns = captured.oldest_unstored_time_ns(), self._clock.now_ns()
             self.metrics.sample_rpo(oldest_ns, now_ns, protected=protected)
             await self._clock.sleep(SAMPLE_SECONDS)
 
-    async def _publish(self, core: _Core, sender: Sender, control: Control, capture: InlineCapture) -> None:
+    async def _publish(self, core: _Core, sender: Sender, control: Control, capture: Capture) -> None:
         while True:
             try:
                 await core.gaps.save()
@@ -210,7 +230,7 @@ class Service:
             await self._clock.sleep(STATUS_SECONDS)
 
     async def _save_status(
-        self, core: _Core, sender: Sender, control: Control, capture: InlineCapture, *, running: bool = True
+        self, core: _Core, sender: Sender, control: Control, capture: Capture, *, running: bool = True
     ) -> None:
         status = self._status(core, sender, control, capture, running=running)
         try:
@@ -219,7 +239,7 @@ class Service:
             _log.warning("the status can't be written: %s", error)  # a full disk; replication goes on
 
     def _status(
-        self, core: _Core, sender: Sender, control: Control, capture: InlineCapture, *, running: bool
+        self, core: _Core, sender: Sender, control: Control, capture: Capture, *, running: bool
     ) -> dict[str, Any]:
         log, metrics = core.log, self.metrics
         rpo, lag = metrics.rpo_percentiles(), metrics.lag_percentiles()
@@ -230,7 +250,8 @@ class Service:
             "time_ns": self._clock.now_ns(),
             "started_ns": self._started_ns,
             "state": str(control.machine_state) if running else "stopped",
-            "rung": str(core.ladder.rung),
+            "rung": traced.RUNG if isinstance(capture, TracedMachine) else str(core.ladder.rung),
+            "capture": capture.facts() if isinstance(capture, TracedMachine) else {"kind": str(CaptureKind.INLINE)},
             "sender": sender.status.as_dict(),
             "config_server": {
                 "address": core.identity.config_server,

@@ -8,6 +8,9 @@
     path = "/srv/vm/root.img"
     nbd = "/run/replicar/root.sock"          # or "127.0.0.1:10809"
 
+How disks are captured is set for the machine as a whole: `capture = "inline"` serves them over NBD; `"trace"` follows
+block devices that stay as they are. Both at once are refused: a recovery point would be of two moments.
+
 `REPLICAR_AGENT_JOURNAL_BYTES=8GiB` wins over the file; `disks` is JSON there. A key that is not known is refused, in
 the file and in the environment: a misspelt limit that is silently ignored is worse than an agent that does not start.
 What can be judged from the text alone is judged here; what takes a look at the machine is `preflight`'s.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import os
 import tomllib
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -37,6 +41,11 @@ MAX_DISKS: Final = 64
 MAX_SOCKET_PATH_BYTES: Final = 107
 #: An NBD socket has neither a password nor TLS yet: whoever reaches it owns the disk.
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+
+
+class CaptureKind(StrEnum):
+    INLINE = "inline"
+    TRACE = "trace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,16 @@ class DiskSettings(BaseModel):
     path: Path
     nbd: str = Field(default="", description="socket path or host:port; default <directory>/nbd/<name>.sock")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _same_capture(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "capture" in fields:
+            raise ValueError(
+                "capture is set for the whole machine, not for a disk: a recovery point of disks that are captured"
+                " differently would be of two moments"
+            )
+        return fields
+
     @model_validator(mode="after")
     def _address(self) -> Self:
         if self.nbd:
@@ -104,6 +123,12 @@ class AgentSettings(BaseSettings):
 
     directory: Path = Field(description="state directory: identity and change log")
     disks: Annotated[tuple[DiskSettings, ...], Field(min_length=1, max_length=MAX_DISKS)]
+    capture: CaptureKind = Field(
+        default=CaptureKind.INLINE, description="inline: serve the disks over NBD; trace: follow them where they are"
+    )
+    freeze_budget_seconds: float = Field(
+        default=0.5, ge=0.05, le=30.0, description="how long writers may be held at a point (trace capture)"
+    )
     journal_bytes: ByteSize = Field(
         default=ByteSize(4 << 30), description="what the change log may take; at 20 MB/s, 4 GiB is three minutes"
     )
@@ -140,6 +165,15 @@ class AgentSettings(BaseSettings):
             if twice:
                 raise ValueError(f"two disks have the {what} {min(twice)}")
         for disk in self.disks:
+            if self.capture is CaptureKind.TRACE:
+                if "audit_bytes_per_second" in self.model_fields_set and self.audit_bytes_per_second:
+                    raise ValueError('audit_bytes_per_second can\'t be had with capture = "trace": remove it')
+                if disk.nbd:
+                    raise ValueError(
+                        f'disk {disk.name} has an nbd address, but with capture = "trace" no disk is served: remove it;'
+                        ' or, to serve all of this machine\'s disks, set capture = "inline"'
+                    )
+                continue
             path = self.address(disk).path
             if path is not None and len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
                 raise ValueError(

@@ -48,7 +48,8 @@ class Cluster:
 
     Args:
         directory: made if need be; takes everything but the sockets.
-        disks: name to raw image of each disk that the machine has.
+        disks: name to raw image of each disk that the machine has; or to block device, where the agent settings say
+            that its capture is "trace".
         agent_settings, process_server_settings: what to set besides, or instead of, what is set here.
         in_memory: whether Azurite keeps its blobs in memory.
     """
@@ -195,11 +196,18 @@ class Cluster:
             "mark_every_seconds": 0,  # the points of a story are its own
             "heartbeat_seconds": HEARTBEAT_SECONDS,
         }
-        disks = [{"name": name, "path": str(path), "nbd": str(self.nbd(name))} for name, path in self.disks.items()]
+        disks = [{"name": name, "path": str(path)} for name, path in self.disks.items()]
+        if not self._is_traced:
+            disks = [{**disk, "nbd": str(self.nbd(disk["name"]))} for disk in disks]
         write_toml(self._agent_toml, settings | self._agent_settings | {"disks": disks})
 
     async def start_agent(self) -> None:
         self.agent.start()
+        if self._is_traced:
+            await self.agent.until(
+                "following its disks", lambda: "disks are followed" in self.agent.said(), READY_SECONDS
+            )
+            return
         sockets = [self.nbd(name) for name in self.disks]
         await self.agent.until("serving its disks", lambda: all(map(_accepts, sockets)), READY_SECONDS)
 
@@ -216,6 +224,10 @@ class Cluster:
         return await command.run("replicar", *arguments, environment=settings, limit_seconds=limit_seconds)
 
     # --- below ---
+
+    @property
+    def _is_traced(self) -> bool:
+        return self._agent_settings.get("capture") == "trace"
 
     @property
     def _agent_toml(self) -> Path:

@@ -84,8 +84,7 @@ class Disk:
                 path=str(path),
             ) from None
         try:
-            if self.is_served:
-                _lock(self.fd, name, path)
+            _lock(self.fd, name, path)
             self.size_bytes = _size_bytes(self.fd, name, path)
         except BaseException:
             os.close(self.fd)

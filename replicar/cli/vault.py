@@ -188,7 +188,10 @@ def _show_points(console: Console, found: PointList) -> None:
         console.print("There is no named point yet: replicar tag MACHINE NAME")
     console.print()
     if found.ordered_from is None:
-        console.print("No instant can be chosen yet: initial replication is not complete.")
+        if found.points:
+            console.print("Named points alone can be chosen now: the order of changes is not known after the last.")
+        else:
+            console.print("No instant can be chosen yet: initial replication is not complete.")
     else:
         sequence, time_ns = found.ordered_from
         console.print(f"Any instant since {format_moment(time_ns)} (sequence {sequence}) can be chosen with --at.")

@@ -154,7 +154,7 @@ class AgentHeartbeat(Message):
 
     Marks, gaps and refusals are sent until a heartbeat with them was answered; sending one twice is harmless.
     `ordered_from` is the (sequence, time_ns) from which on every sequence is a recovery point, None while there is
-    no such.
+    no such. `capture` says in words how the machine is captured, where that is not inline.
     """
 
     time_ns: Count
@@ -173,6 +173,7 @@ class AgentHeartbeat(Message):
     refusals: Annotated[tuple[CommandRefusal, ...], Field(max_length=64)] = ()
     ordered_from: tuple[Count, Count] | None = None
     audit: AuditReport | None = None
+    capture: Text = ""
     wait_seconds: Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS)] = 0.0
     known_version: Text = ""
 
@@ -309,6 +310,7 @@ class MachineSummary(Message):
     bytes_stored: Count
     disks: tuple[DiskReport, ...]
     audit: AuditReport | None = None
+    capture: Text = ""
 
     @property
     def seed_done_bytes(self) -> int:

@@ -18,7 +18,7 @@ from mobility_agent.records import Record, RecordedLog, held_records
 from replicar.clock import SystemClock
 from replicar.control import files
 from replicar.control.messages import Command
-from replicar.errors import CorruptionError, LimitError
+from replicar.errors import CorruptionError, LimitError, TransientError
 from replicar.formats import record
 from replicar.formats.frame import Flag, Kind
 from replicar.formats.record import Consistency
@@ -236,6 +236,50 @@ async def test_a_full_log_makes_no_mark_now_and_one_later(agent: Agent, monkeypa
         with pytest.raises(LimitError):
             await agent.marks.carry_out(command("one"))
     await agent.marks.carry_out(command("one"))
+    assert len(agent.marks_in_the_stream()) == 1
+
+
+async def test_a_mark_waits_for_its_point_and_lies_in_it(agent: Agent) -> None:
+    async def at_point(append: Callable[[], None]) -> None:
+        agent.write(3)
+        agent.in_gap = False
+        append()
+        agent.in_gap = True
+
+    agent.in_gap, agent.marks.at_point = True, at_point
+    await agent.marks.carry_out(command("one"))
+    (report,) = agent.marks.reports()
+    assert (report.sequence, report.in_gap) == (4, False)
+
+
+async def test_a_point_that_can_not_be_had_refuses_the_command_and_leaves_its_name_free(agent: Agent) -> None:
+    async def no_point(_: Callable[[], None]) -> None:
+        raise TransientError("no recovery point: too much is written", hint="ask again")
+
+    agent.marks.at_point = no_point
+    await agent.marks.carry_out(command("one"))
+    (refusal,) = agent.marks.refusals()
+    assert (refusal.message, refusal.hint) == ("no recovery point: too much is written", "ask again")
+    assert agent.marks_in_the_stream() == []
+    agent.marks.at_point = None
+    await agent.marks.carry_out(command("one", "again"))
+    assert [mark.mark_id for mark in agent.marks_in_the_stream()] == ["again"]
+
+
+async def test_a_death_right_after_a_points_mark_makes_no_second_one(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def at_point(append: Callable[[], None]) -> None:
+        append()
+
+    agent.marks.at_point = at_point
+    with monkeypatch.context() as patch:
+        _die_at(patch, "sync")
+        with pytest.raises(Died):
+            await agent.marks.carry_out(command("one"))
+    agent.restart()
+    await agent.marks.carry_out(command("one"))
+    assert [report.name for report in agent.marks.reports()] == ["one"]
     assert len(agent.marks_in_the_stream()) == 1
 
 

@@ -49,7 +49,9 @@ class WallClock(SystemClock):
 @asynccontextmanager
 async def scheduled(core: Core, marks: Marks, *, every_seconds: int = 300) -> AsyncIterator[WallClock]:
     clock = WallClock()
-    running = asyncio.create_task(Schedule(marks, core.ladder, clock, every_seconds=every_seconds).run())
+    running = asyncio.create_task(
+        Schedule(marks.carry_out, lambda: core.ladder.in_gap, clock, every_seconds=every_seconds).run()
+    )
     yield clock
     assert not running.done()
     running.cancel()

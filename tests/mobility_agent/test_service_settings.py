@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mobility_agent import preflight
+from mobility_agent import preflight, traced
 from mobility_agent.settings import AgentSettings, NbdAddress, load_settings
 from replicar.errors import PermanentError
 
@@ -48,6 +48,12 @@ def test_the_disks_are_audited_gently_and_points_named_unless_the_operator_says_
     text = f'directory = "/s"\naudit_bytes_per_second = "20 MiB"\nmark_every_seconds = 60\n{DISK}'
     settings = load_settings(written(tmp_path, text))
     assert (settings.audit_bytes_per_second, settings.mark_every_seconds) == (20 << 20, 60)
+
+
+def test_a_traced_machine_has_no_sockets_whose_paths_could_be_too_long(tmp_path: Path) -> None:
+    settings = load_settings(written(tmp_path, f'directory = "/{LONG}"\ncapture = "trace"\n{DISK}'))
+    assert settings.capture == "trace"
+    assert settings.freeze_budget_seconds == 0.5
 
 
 def test_sizes_may_be_written_for_people(tmp_path: Path) -> None:
@@ -93,6 +99,9 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
         (f'directory = "/s"\n{DISK}nbd = "0.0.0.0:10809"\n', "without encryption or password"),
         (f'directory = "/s"\n{DISK}nbd = "localhost:port"\n', "neither a socket path nor host:port"),
         (f'directory = "/s"\n{DISK}nbd = "/{LONG}.sock"\n', "longer than the 107 bytes"),
+        (f'directory = "/s"\n{DISK}capture = "trace"\n', "capture is set for the whole machine"),
+        (f'directory = "/s"\ncapture = "trace"\n{DISK}nbd = "/run/a.sock"\n', "disk root has an nbd address"),
+        (f'directory = "/s"\ncapture = "scan"\n{DISK}', "capture: "),
         ("directory = \n", "not valid TOML"),
         ("directory = 5\n" + DISK, "directory: "),
         ("disks = 7\ndirectory = '/s'\n", "disks: "),
@@ -174,6 +183,13 @@ def test_a_socket_that_somebody_serves_is_left_to_them(tmp_path: Path) -> None:
             preflight.check(checked(tmp_path), tmp_path / "log")
     assert caught.value.fields["disk"] == "root"
     preflight.check(checked(tmp_path), tmp_path / "log")  # the one who served it is gone; the socket lies there still
+
+
+def test_a_disk_that_can_not_be_traced_is_named_before_anything_begins(tmp_path: Path) -> None:
+    (tmp_path / "root.img").write_bytes(bytes(512))
+    settings = load_settings(written(tmp_path, f'directory = "state"\ncapture = "trace"\n{DISK}'))
+    with pytest.raises(PermanentError, match=r"disk root can't be captured by trace: .* is no block device"):
+        traced.check(settings, tmp_path / "state" / "log")
 
 
 def test_a_file_in_a_sockets_place_is_left_alone(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from mobility_agent.capture.trace.tracked import BlockDevice, TrackedDisk
 from mobility_agent.changelog import ChangeLog
 from mobility_agent.ladder import Ladder
 from mobility_agent.regions import DirtyRegions
+from mobility_agent.touched import TouchedRegions
 from replicar.clock import SystemClock
 from replicar.formats import frame, record
 from replicar.formats.frame import Flag, Kind
@@ -192,7 +193,11 @@ async def tracing(
             disk.follow(DirtyRegions(directory / f"{index}.regions", disk.size_bytes))
             closing.callback(disk.regions.close)
             disks.append(disk)
-        ladder = Ladder(log, disks, {disk.index: disk.regions for disk in disks})
+        touched = {}
+        for disk in disks:
+            touched[disk.index] = TouchedRegions(directory / f"{disk.index}.touched", disk.size_bytes)
+            closing.callback(touched[disk.index].close)
+        ladder = Ladder(log, disks, {disk.index: disk.regions for disk in disks}, touched)
         ladder.start()
         replica = Replica(log, [bytearray(os.urandom(4096) * (disk.size_bytes // 4096)) for disk in disks])
         capture = TraceCapture(ladder, disks, source, SystemClock(), freeze_budget_seconds=budget_seconds, stage=stage)

@@ -147,7 +147,7 @@ def test_a_write_that_was_logged_inline_is_not_done_again_to_a_disk_that_is_only
     log.abandon()
     log = open_log(tmp_path / "log")
     with tracked(tmp_path) as disk:
-        Ladder(log, [disk], {0: disk.regions}).start()
+        Ladder(log, [disk], {0: disk.regions}, {}).start()
         assert disk.read(0, 512) == bytes(512)
     log.abandon()
 
