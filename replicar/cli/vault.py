@@ -24,6 +24,8 @@ from replicar.errors import TransientError
 
 #: How long `tag` waits for the agent (and, if asked to, for storage) unless told otherwise.
 TAG_SECONDS: Final = 120.0
+#: Gaps that `points` shows; a machine under trace capture has one for each point.
+GAPS_SHOWN: Final = 10
 
 
 def status(settings: SettingsFile = None, as_json: Json = False) -> None:
@@ -195,7 +197,9 @@ def _show_points(console: Console, found: PointList) -> None:
     else:
         sequence, time_ns = found.ordered_from
         console.print(f"Any instant since {format_moment(time_ns)} (sequence {sequence}) can be chosen with --at.")
-    for gap in found.gaps:
+    if len(found.gaps) > GAPS_SHOWN:
+        console.print(f"({len(found.gaps) - GAPS_SHOWN} older gaps are left out; --json has them)")
+    for gap in found.gaps[-GAPS_SHOWN:]:
         end = gap.last_sequence if gap.last_sequence is not None else "(it lasts)"
         console.print(f"But for the gap from sequence {gap.first_sequence} to {end}: {escape(gap.reason)}")
 
