@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from enum import Enum, auto
 from pathlib import Path
 from typing import Final, Protocol
 
 from mobility_agent.logfile import LogFile
 from mobility_agent.logfiles import LogFiles
-from mobility_agent.logstate import LogState
+from mobility_agent.logstate import LogState, Past
 from replicar.clock import Clock
 from replicar.errors import LimitError
 from replicar.formats import changelog, frame, record
@@ -51,14 +50,6 @@ SEAL_BYTES: Final = 256 << 10
 MIN_BUFFER_BYTES: Final = 64 << 10
 DEFAULT_FILE_BYTES: Final = 64 << 20
 _TABLE_START = changelog.STAGING_OFFSET + changelog.STAGING_TABLE
-
-
-class Past(Enum):
-    """What a log that was opened tells of the time before."""
-
-    KNOWN = auto()  # everything acknowledged is in it: the process ended, in whatever way, and the machine did not
-    TOUCHED = auto()  # a power cut: disk and log may differ, but only in regions of the touched record
-    UNKNOWN = auto()  # a new log, or a damaged one: disk and log may differ anywhere
 
 
 class Owner(Protocol):

@@ -21,7 +21,8 @@ from enum import StrEnum
 from typing import Final
 
 from mobility_agent.capture.disk import Disk
-from mobility_agent.changelog import ChangeLog, Owner, Past
+from mobility_agent.changelog import ChangeLog, Owner
+from mobility_agent.logstate import Past
 from mobility_agent.regions import DirtyRegions
 from mobility_agent.touched import TouchedRegions
 from replicar.formats import frame, record

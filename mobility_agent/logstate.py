@@ -16,6 +16,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,14 @@ from replicar.errors import CorruptionError
 _MAGIC: Final = b"RPSTATE\x01"
 _PAGE: Final = 4096
 _STATE = struct.Struct("<8sQQQBB6x16s")
+
+
+class Past(Enum):
+    """What a log that was opened tells of the time before."""
+
+    KNOWN = auto()  # everything acknowledged is in it: the process ended, in whatever way, and the machine did not
+    TOUCHED = auto()  # a power cut: disk and log may differ, but only in regions of the touched record
+    UNKNOWN = auto()  # a new log, or a damaged one: disk and log may differ anywhere
 
 
 class LogState:

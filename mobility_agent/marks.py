@@ -256,6 +256,8 @@ class Marks:
     def _refuse(self, command_id: str, error: ReplicarError) -> None:
         if command_id not in self._refusals:
             _log.warning("command %s is refused: %s", command_id, error)
+        if command_id.startswith(SCHEDULED):
+            return  # nobody asked for it, so nobody is waiting for an answer
         self._refusals[command_id] = CommandRefusal(
             command_id=command_id, error=type(error).__name__, message=error.message[:512], hint=error.hint[:512]
         )

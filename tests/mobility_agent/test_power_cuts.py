@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mobility_agent.changelog import Past
 from mobility_agent.checkpoint import Checkpointer
+from mobility_agent.logstate import Past
 from mobility_agent.touched import REGION_BYTES, TouchedRegions
 from replicar.clock import SystemClock
 from replicar.errors import ReplicarError
