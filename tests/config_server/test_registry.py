@@ -109,7 +109,7 @@ def test_the_catalogue_of_points_is_bounded_and_keeps_the_newest(
     gaps = [GapReport(first_sequence=number, last_sequence=number) for number in range(1, 10)]
     opened.run(lambda c: points.record_marks(c, machine_id, marks, 20))
     opened.run(lambda c: points.record_gaps(c, machine_id, gaps))
-    listed, truncated = opened.run(lambda c: points.list_points(c, machine_id))
+    listed, truncated = opened.run(lambda c: points.list_points(c, machine_id, 0))
     assert [point.sequence for point in listed] == [25, 24, 23, 22, 21, 20]
     assert [point.stored for point in listed] == [False] * 5 + [True]
     assert truncated
