@@ -34,6 +34,7 @@ pytest: setup ## the tests alone
 bench: setup ## the benchmarks, one JSON object each
 	$(BIN)/python -m bench limit --json
 	$(BIN)/python -m bench datapath --json
+	$(BIN)/pytest tests/bench/test_hot_path.py --benchmark-enable --benchmark-only
 
 soak: setup ## the long tests
 	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600

@@ -3,8 +3,13 @@
 Instructions are computed from the registry, whole, each time; their `version` is a digest of what they say, so that a
 long poll knows news from repetition without anybody keeping count.
 
-How far a machine is *stored* never goes back here, whatever is reported: recovery takes it as the place up to which the
-log must be whole, and that is how it would notice a log that was cut short.
+How far a machine is *stored* never goes back here, whatever is reported, nor is the digest of what was stored replaced
+by another for the same place: recovery, and a process server that takes a log over, take it as the place up to which
+the log must be whole, and that is how they notice one that was cut short or put back.
+
+Bytes received and stored are totals over restarts and process servers: what is added is how much more a process server
+counted than it had at its last heartbeat, or all of it when it began to count anew. What it counted between its last
+heartbeat and its death is missing; nothing is counted twice.
 """
 
 from __future__ import annotations
@@ -14,16 +19,18 @@ import hashlib
 import json
 import sqlite3
 import uuid
-from typing import Final
+from typing import Any, Final
 
 from config_server import parties, points
 from config_server.parties import Party
 from config_server.vault import Vault
+from replicar.control.identity import INCARNATION_SHIFT
 from replicar.control.messages import (
     AgentAssignment,
     AgentHeartbeat,
     AgentInstructions,
     MachineKey,
+    MachineProgress,
     ProcessServerAssignment,
     ProcessServerHeartbeat,
     ProcessServerInstructions,
@@ -33,6 +40,8 @@ from replicar.errors import PermanentError
 #: Three of the longest polls: who was not heard of for so long is away.
 LIVE_SECONDS: Final = 90
 FIRST_EPOCH: Final = 1
+#: What a column holds.
+_MAX_COUNT: Final = 2**63 - 1
 
 MACHINES: Final = (
     "SELECT machines.*, parties.name, parties.incarnation, parties.removed_ns, servers.name AS server_name,"
@@ -99,29 +108,44 @@ def record_process_server(
     )
     reported = []
     for progress in heartbeat.machines:
-        mine = (str(progress.machine_id), str(server_id))
-        done = connection.execute(
-            "UPDATE machines SET received_sequence = ?, bytes_received = ?, bytes_stored = ?"
-            " WHERE id = ? AND process_server_id = ?",
-            (progress.received_sequence, progress.bytes_received, progress.bytes_stored, *mine),
-        )
-        if done.rowcount != 1:
+        if not _record_progress(connection, server_id, progress):
             continue
-        connection.execute(
-            "UPDATE machines SET stored_sequence = ?, stored_segment = ?, stored_digest = ?"
-            " WHERE id = ? AND process_server_id = ? AND stored_sequence <= ?",
-            (
-                progress.stored_sequence,
-                progress.stored_segment,
-                progress.stored_digest,
-                *mine,
-                progress.stored_sequence,
-            ),
-        )
         points.record_stored(connection, progress.machine_id, progress.stored_sequence)
         reported.append(progress.machine_id)
     moved = before is not None and (before["host"], before["port"]) != (heartbeat.host, heartbeat.port)
     return frozenset(reported), before is None or moved
+
+
+def _record_progress(connection: sqlite3.Connection, server_id: uuid.UUID, progress: MachineProgress) -> bool:
+    """Keep what a process server says of one machine; False when the machine is not its own."""
+    machine = str(progress.machine_id)
+    row = connection.execute(
+        "SELECT * FROM machines WHERE id = ? AND process_server_id = ?", (machine, str(server_id))
+    ).fetchone()
+    if row is None:
+        return False
+    since, same = progress.counted_since, progress.counted_since == row["counted_since"]
+    received = _count(row["bytes_received"], row["counted_received"] if same else 0, progress.bytes_received, since)
+    stored = _count(row["bytes_stored"], row["counted_stored"] if same else 0, progress.bytes_stored, since)
+    connection.execute(
+        "UPDATE machines SET received_sequence = ?, bytes_received = ?, counted_received = ?, bytes_stored = ?,"
+        " counted_stored = ?, counted_since = ? WHERE id = ?",
+        (progress.received_sequence, *received, *stored, since, machine),
+    )
+    connection.execute(
+        "UPDATE machines SET stored_sequence = ?1, stored_segment = ?2, stored_digest = ?3"
+        " WHERE id = ?4 AND (stored_sequence < ?1 OR (stored_sequence = ?1 AND stored_digest = ''))",
+        (progress.stored_sequence, progress.stored_segment, progress.stored_digest, machine),
+    )
+    return True
+
+
+def _count(total: int, before: int, now: int, since: str) -> tuple[int, int]:
+    """A total and the count it includes, once a count that was `before` is `now`."""
+    if now < before and not since:
+        before = 0  # it can't say so, but it began anew
+    count = max(before, now)  # lower: a heartbeat that was overtaken by a later one
+    return min(total + count - before, _MAX_COUNT), count
 
 
 def process_server_instructions(
@@ -145,11 +169,19 @@ def process_server_instructions(
             data_key=vault.revealed(row["wrapped_key"]),
             wrapped_key=base64.b64encode(row["wrapped_key"]).decode(),
             key_id=row["key_id"],
+            **_known_stored(row),
         )
         for row in rows
     )
     version = _version([[str(a.machine_id), a.name, a.epoch, a.incarnation, a.key_id] for a in assignments])
     return ProcessServerInstructions(assignments=assignments, heartbeat_seconds=heartbeat_seconds, version=version)
+
+
+def _known_stored(row: sqlite3.Row) -> dict[str, Any]:
+    """What must be in storage; nothing when the machine was enrolled again since, perhaps because its log was lost."""
+    if row["stored_sequence"] >> INCARNATION_SHIFT != row["incarnation"]:
+        return {}
+    return {name: row[name] for name in ("stored_segment", "stored_sequence", "stored_digest")}
 
 
 def machines_of(connection: sqlite3.Connection, server_id: uuid.UUID) -> tuple[uuid.UUID, ...]:

@@ -113,6 +113,7 @@ def _summary(row: sqlite3.Row, now_ns: int, troubles: Troubles) -> MachineSummar
         bytes_received=row["bytes_received"],
         bytes_stored=row["bytes_stored"],
         disks=report.disks,
+        audit=report.audit,
         storing=not errors,
         errors=errors,
     )

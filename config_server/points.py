@@ -12,8 +12,8 @@ that of the present incarnation, once storage has gone past the end of the gap i
 
 A mark that lies in a gap is kept, so that its command is answered, but never listed: it is no state to go back to.
 
-Weak: once a machine has more than `MAX_MARKS` marks the oldest leave the catalogue. They stay in the stream, where
-recovery by instant or sequence still reaches them.
+Weak: once a machine has more than `MAX_MARKS` marks, or more than `MAX_SCHEDULED` that nobody asked for, the oldest
+leave the catalogue. They stay in the stream, where recovery by name, instant or sequence still reaches them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from replicar.formats.record import Consistency
 #: A mark every five minutes for a year.
 MAX_MARKS: Final = 100_000
 MAX_GAPS: Final = 10_000
+#: Of which made by the clock, so that they don't drive out those that have been asked for; at five minutes, a week.
+MAX_SCHEDULED: Final = 2016
 #: What one reply holds, newest first.
 MAX_POINTS_LISTED: Final = 10_000
 #: Marks that a machine was asked for and has not made yet; more means that it is away.
@@ -54,6 +56,7 @@ def record_marks(
                 "DELETE FROM commands WHERE id = ? AND machine_id = ?", (mark.command_id, str(machine_id))
             )
     if some:
+        _trim(connection, "marks", "sequence", machine_id, MAX_SCHEDULED, "AND command_id IS NULL")
         _trim(connection, "marks", "sequence", machine_id, MAX_MARKS)
     record_stored(connection, machine_id, stored_sequence)
 
@@ -205,11 +208,13 @@ def commanded(connection: sqlite3.Connection, machine_id: uuid.UUID, command_id:
     return _point(row) if row is not None else None
 
 
-def _trim(connection: sqlite3.Connection, table: str, column: str, machine_id: uuid.UUID, keep: int) -> None:
-    # table and column are constants of this module, so nothing foreign gets into the statement
-    newest = f"SELECT {column} FROM {table} WHERE machine_id = ?1 ORDER BY {column} DESC LIMIT 1 OFFSET ?2"  # noqa: S608
+def _trim(
+    connection: sqlite3.Connection, table: str, column: str, machine_id: uuid.UUID, keep: int, which: str = ""
+) -> None:
+    # table, column and which are constants of this module, so nothing foreign gets into the statement
+    newest = f"SELECT {column} FROM {table} WHERE machine_id = ?1 {which} ORDER BY {column} DESC LIMIT 1 OFFSET ?2"  # noqa: S608
     connection.execute(
-        f"DELETE FROM {table} WHERE machine_id = ?1 AND {column} < ({newest})",  # noqa: S608
+        f"DELETE FROM {table} WHERE machine_id = ?1 {which} AND {column} < ({newest})",  # noqa: S608
         (str(machine_id), keep - 1),
     )
 

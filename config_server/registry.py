@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 from replicar.errors import CorruptionError, PermanentError, TransientError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 BUSY_SECONDS: Final = 5.0
 #: Transactions waiting for the writer; at some 2,000 a second that is half a second of work.
 MAX_WAITING: Final = 1024
@@ -57,13 +57,16 @@ CREATE TABLE nonces (nonce TEXT PRIMARY KEY, time_ns INTEGER NOT NULL) STRICT;
 CREATE TABLE process_servers (
     id TEXT PRIMARY KEY REFERENCES parties (id), host TEXT NOT NULL, port INTEGER NOT NULL,
     cache_bytes INTEGER NOT NULL, cache_bytes_free INTEGER NOT NULL, heartbeat_ns INTEGER NOT NULL) STRICT;
--- a machine: who serves it, its wrapped key, what its agent (JSON) and its process server last said
+-- a machine: who serves it, its wrapped key, what its agent (JSON) and its process server last said. The bytes are
+-- totals over all process servers; counted_* is what the present one counted since counted_since
 CREATE TABLE machines (
     id TEXT PRIMARY KEY REFERENCES parties (id), process_server_id TEXT REFERENCES parties (id),
     epoch INTEGER NOT NULL DEFAULT 0, key_id TEXT, wrapped_key BLOB, report TEXT, heartbeat_ns INTEGER,
     received_sequence INTEGER NOT NULL DEFAULT 0, stored_sequence INTEGER NOT NULL DEFAULT 0,
     stored_segment INTEGER, stored_digest TEXT NOT NULL DEFAULT '',
-    bytes_received INTEGER NOT NULL DEFAULT 0, bytes_stored INTEGER NOT NULL DEFAULT 0) STRICT;
+    bytes_received INTEGER NOT NULL DEFAULT 0, bytes_stored INTEGER NOT NULL DEFAULT 0,
+    counted_since TEXT NOT NULL DEFAULT '', counted_received INTEGER NOT NULL DEFAULT 0,
+    counted_stored INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE INDEX machines_of ON machines (process_server_id);
 CREATE TABLE marks (
     machine_id TEXT NOT NULL REFERENCES machines (id), sequence INTEGER NOT NULL, name TEXT NOT NULL,
@@ -84,6 +87,16 @@ CREATE TABLE audit (
     number INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, party_id TEXT NOT NULL, action TEXT NOT NULL,
     subject TEXT NOT NULL) STRICT;
 """
+
+#: What makes schema n of schema n - 1.
+_STEPS: Final = {
+    2: (
+        "ALTER TABLE machines ADD COLUMN counted_since TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE machines ADD COLUMN counted_received INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE machines ADD COLUMN counted_stored INTEGER NOT NULL DEFAULT 0",
+        "UPDATE machines SET counted_received = bytes_received, counted_stored = bytes_stored",
+    )
+}
 
 _T = TypeVar("_T")
 
@@ -116,8 +129,11 @@ class Registry:
                 f"the registry {self.path} has schema {version}; this version knows {SCHEMA_VERSION}",
                 hint="run the version of config-server that wrote it, or a newer one",
             )
-        if version == 0:
-            for statement in _SCHEMA.split(";\n"):  # not `executescript`, which would end the transaction
+        if version < SCHEMA_VERSION:
+            statements = _SCHEMA.split(";\n")  # not `executescript`, which would end the transaction
+            if version:
+                statements = [each for step in range(version, SCHEMA_VERSION) for each in _STEPS[step + 1]]
+            for statement in statements:
                 self.connection.execute(statement)
             self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 

@@ -115,6 +115,7 @@ class ChangeLog:
         self.start = self.free = self.limit = 0
         self._count = 0
         self._open_time_ns = 0  # of the open frame's first descriptor
+        self._first_audit = self._last_audit = 0  # the last run of audits with nothing between them
         self.next_sequence = self.first_sequence = first_sequence
         self.past = self._recover(first_sequence, boot_id)
 
@@ -154,8 +155,11 @@ class ChangeLog:
                     self._waiters.remove(waiter)
 
     def oldest_unstored_time_ns(self) -> int | None:
-        """Capture time of the first change that is not stored; None when all is."""
+        """Capture time of the first change that is not stored; None when all is, but for audits at the end: nothing
+        would be missing without those."""
         if self.next_sequence <= self.stored_sequence + 1:
+            return None
+        if self.next_sequence == self._last_audit + 1 and self.stored_sequence + 1 >= self._first_audit:
             return None
         held = self.take(self.stored_sequence + 1)
         if held is None:
@@ -238,7 +242,7 @@ class ChangeLog:
             self.seal()
         self._wake()
 
-    # -- records and background copies --------------------------------------------------------------------------
+    # -- records, background copies, audits ---------------------------------------------------------------------
 
     def append_record(
         self, kind: Kind, item: record.Mark | record.Gap | record.Disk, *, flags: Flag = Flag.NONE
@@ -260,6 +264,20 @@ class ChangeLog:
         """Put a background copy (Flag.SEED) into the stream: a WRITE with `content`, or a ZERO. False: no room now."""
         table = frame.describe(kind, disk=disk, offset=offset, length=length, time_ns=self.now_ns(), flags=Flag.SEED)
         return self._append(table, content, room=FRAME_ROOM + RECORD_ROOM) is not None
+
+    def append_audit(self, disk: int, offset: int, length: int, digest: bytes) -> int | None:
+        """Say what the disk holds there now: `digest` is the XXH3-128 of those bytes, canonical (big-endian).
+
+        Returns:
+            Its sequence: the disk is as the stream says up to before it. None: no room now.
+        """
+        table = frame.describe(Kind.AUDIT, disk=disk, offset=offset, length=length, time_ns=self.now_ns())
+        sequence = self._append(table, digest, room=FRAME_ROOM + RECORD_ROOM)
+        if sequence is not None:
+            if sequence != self._last_audit + 1:
+                self._first_audit = sequence
+            self._last_audit = sequence
+        return sequence
 
     # -- towards the server -------------------------------------------------------------------------------------
 

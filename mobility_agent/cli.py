@@ -106,6 +106,10 @@ def run(
 
     journal_bytes = "4 GiB"   the change log's limit
 
+    audit_bytes_per_second = "4 MiB"   how fast the disks are read again to prove the copy; 0: not at all
+
+    mark_every_seconds = 300   how often a recovery point is named by itself; 0: never
+
     journal_file_bytes, seed_bytes_per_second, rate_limit_bytes_per_second, seal_delay_seconds, heartbeat_seconds
 
     and for each disk a table [[disks]] with name, path, and nbd (a socket path, or host:port on this machine)
@@ -161,6 +165,7 @@ def _show(facts: dict[str, Any]) -> None:
         ),
         ("behind", f"{behind:,} changes not in storage"),
         ("journal", f"{_size(facts['journal_used_bytes'])} of {_size(facts['journal_limit_bytes'])}"),
+        ("audit", _audit(facts)),
         ("captured", f"{_size(facts['bytes_captured'])} since the agent started, sent {_size(facts['bytes_sent'])}"),
     ]
     for disk in facts["disks"]:
@@ -172,6 +177,19 @@ def _show(facts: dict[str, Any]) -> None:
     for name, text in rows:
         table.add_row(name, text)
     console.print(table, soft_wrap=True)
+
+
+def _audit(facts: dict[str, Any]) -> str:
+    audit = facts.get("audit")
+    if audit is None:
+        return "off"
+    done = 100.0 * audit["done_bytes"] / max(audit["total_bytes"], 1)
+    text = f"{done:.1f} % of this round, {_size(audit['bytes_per_second'])}/s"
+    if audit["last_ended_ns"] is None:
+        return f"{text}; no round was completed yet"
+    age = max(facts["time_ns"] - audit["last_ended_ns"], 0) / 3.6e12
+    left_out = f", {_size(audit['last_skipped_bytes'])} left out" if audit["last_skipped_bytes"] else ""
+    return f"{text}; the last whole round ended {age:.1f} h ago{left_out}"
 
 
 def _size(count: float) -> str:

@@ -15,6 +15,7 @@ import random
 from pathlib import Path
 from typing import Final
 
+from mobility_agent.auditing import Auditor
 from mobility_agent.gaps import Gaps
 from mobility_agent.ladder import Ladder
 from mobility_agent.marks import Marks
@@ -29,6 +30,7 @@ from replicar.control.messages import (
     MAX_WAIT_SECONDS,
     AgentHeartbeat,
     AgentInstructions,
+    AuditReport,
     DiskReport,
     MachineState,
 )
@@ -55,6 +57,7 @@ class Control:
     Args:
         client: entered.
         heartbeat_seconds: how often to report when nothing happens; None leaves it to the config server.
+        auditor: None if nothing is audited.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Control:
         clock: Clock,
         *,
         heartbeat_seconds: float | None = None,
+        auditor: Auditor | None = None,
         randomness: random.Random | None = None,
     ) -> None:
         self.error: ReplicarError | None = None
@@ -81,6 +85,7 @@ class Control:
         self._metrics = metrics
         self._clock = clock
         self._set_seconds = heartbeat_seconds
+        self._auditor = auditor
         self._told_seconds = DEFAULT_HEARTBEAT_SECONDS
         self._randomness = randomness or random.Random()
         self._backoff = Backoff(first_seconds=0.5, most_seconds=10.0, slow_first_seconds=2.0, slow_most_seconds=60.0)
@@ -99,6 +104,11 @@ class Control:
         if self._ladder.in_gap:
             return MachineState.INITIAL_REPLICATION if self._gaps.is_first else MachineState.RESYNCHRONISING
         return MachineState.PROTECTED
+
+    @property
+    def audit(self) -> AuditReport | None:
+        """How far the audits are; None if there are none."""
+        return self._auditor.report if self._auditor is not None else None
 
     async def run(self) -> None:
         """Report for ever; cancel to stop."""
@@ -152,6 +162,7 @@ class Control:
             ordered_from=self._gaps.ordered_from,
             stored_until_ns=self._stored_until_ns(),
             errors=() if sender.error is None else (ErrorReport.of("sender", sender.error.as_dict()),),
+            audit=self.audit,
             wait_seconds=wait_seconds,
         )
 

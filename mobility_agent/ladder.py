@@ -146,7 +146,7 @@ class Ladder:
             return
         for offset, length, _, place, index, kind, flags in found.table.tolist():
             disk = self.disks.get(index)
-            if disk is None or flags & Flag.SEED:
+            if disk is None or not disk.is_served or flags & Flag.SEED:
                 continue
             if kind == Kind.WRITE:
                 disk.write(offset, found.payload[place : place + length])

@@ -14,6 +14,9 @@ within the few milliseconds before the death) can nobody tell; then the command 
 
 A mark inside a gap is recorded, since the stream should show that somebody asked, but reported as not offered.
 
+Marks by the clock (`schedule`) are commands that the agent gives itself. They are reported without a command, and of
+those only the last `MAX_SCHEDULED` are remembered, so that they don't drive out the marks that somebody asked for.
+
 Weak: crash consistency only. A command that wants application consistency is refused; claiming it would be a lie.
 """
 
@@ -37,8 +40,12 @@ from replicar.formats.frame import Kind
 from replicar.formats.record import Consistency
 
 COMMAND_KIND: Final = "mark"
-#: Marks remembered, by command and by name; at one every five minutes, three and a half days.
+#: What the ids of marks by the clock begin with; no id of a command does.
+SCHEDULED: Final = "schedule:"
+#: Marks remembered, by command and by name.
 MAX_MARKS: Final = 1000
+#: Of which by the clock; at one every five minutes, two days.
+MAX_SCHEDULED: Final = 576
 #: 1,000 names of 255 characters fit, whatever the characters.
 MAX_FILE_BYTES: Final = 4 << 20
 MAX_REFUSALS: Final = 64
@@ -57,6 +64,11 @@ class MadeMark:
     sequence: int = 0
     time_ns: int = 0
     in_gap: bool = False
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the clock asked for it, and nobody else."""
+        return self.mark_id.startswith(SCHEDULED)
 
 
 class Marks:
@@ -196,7 +208,7 @@ class Marks:
                 kind=Consistency(mark.consistency),
                 sequence=mark.sequence,
                 time_ns=mark.time_ns,
-                command_id=mark.mark_id,
+                command_id=None if mark.is_scheduled else mark.mark_id,
                 in_gap=mark.in_gap,
             )
             for mark in self._unreported.values()
@@ -209,7 +221,7 @@ class Marks:
     def acknowledged(self, reports: tuple[MarkReport, ...], refusals: tuple[CommandRefusal, ...] = ()) -> None:
         """A heartbeat with these was answered."""
         for report in reports:
-            self._unreported.pop(report.command_id or "", None)
+            self._unreported.pop(report.command_id or f"{SCHEDULED}{report.name}", None)
         for refusal in refusals:
             self._refusals.pop(refusal.command_id, None)
 
@@ -227,10 +239,15 @@ class Marks:
     def _remember(self, made: MadeMark) -> None:
         self._marks[made.mark_id] = made
         self._unreported[made.mark_id] = made
+        scheduled = [mark_id for mark_id, mark in self._marks.items() if mark.is_scheduled]
+        for mark_id in scheduled[: max(len(scheduled) - MAX_SCHEDULED, 0)]:
+            self._forget(mark_id)
         while len(self._marks) > MAX_MARKS:
-            oldest = next(iter(self._marks))
-            del self._marks[oldest]
-            self._unreported.pop(oldest, None)
+            self._forget(next(iter(self._marks)))
+
+    def _forget(self, mark_id: str) -> None:
+        del self._marks[mark_id]
+        self._unreported.pop(mark_id, None)
 
     async def _save(self, mark: MadeMark) -> None:
         """Make durable what is remembered, with `mark` as it is to be."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 _MAGIC: Final = b"RPREGNS\x01"
@@ -61,6 +62,10 @@ class DirtyRegions:
 
     def mark_all(self) -> None:
         self._map[:] = 1
+
+    def dirty(self) -> npt.NDArray[np.int64]:
+        """The numbers of the dirty regions, rising (shape (count,))."""
+        return np.flatnonzero(self._map)
 
     def next_dirty(self, offset: int) -> tuple[int, int] | None:
         """The first run of dirty regions that begins at or behind `offset`, as (start, end) in bytes."""

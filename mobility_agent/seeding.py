@@ -101,12 +101,11 @@ class Seeder:
 
     async def _copy(self, disk: Disk, regions: DirtyRegions, start: int, length: int) -> bool:
         target = self._buffer[:length]
-        disk.watch_start, disk.watch_end = start, start + length
-        try:
+        with disk.watch(start, start + length) as watch:
             for _ in range(_TRIES):
-                disk.watch_hit = False
+                watch.hit = False
                 await asyncio.to_thread(disk.read_into, start, target)
-                if not disk.watch_hit:
+                if not watch.hit:
                     break
             else:
                 return False
@@ -117,8 +116,6 @@ class Seeder:
             kind = Kind.ZERO if zeros else Kind.WRITE
             if not self._ladder.log.append_copy(kind, disk.index, start, length, b"" if zeros else target):
                 return False
-        finally:
-            disk.watch_start = disk.watch_end = 0
         regions.clear(start, length)
         self.copied_bytes += length
         return True

@@ -1,6 +1,7 @@
 """The agent as a service: opens what there is in the right order, runs its parts as one group of tasks, closes it all.
 
-    state directory, locked -> identity -> disks -> change log -> ladder -> NBD served -> sender, seeder, control
+    state directory, locked -> identity -> disks -> change log -> ladder -> NBD served
+        -> sender, seeder, auditor, schedule, control
 
 Nothing is served before the change log is open, and nothing is closed before serving has ended. On a stop signal: no
 more NBD requests are taken, the parts are cancelled, the disks and the log are made durable, in this order. What was
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mobility_agent import preflight
+from mobility_agent.auditing import Auditor
 from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.inline import InlineCapture
 from mobility_agent.checkpoint import Checkpointer
@@ -35,6 +37,7 @@ from mobility_agent.metrics import SAMPLE_SECONDS, Metrics
 from mobility_agent.records import Record, RecordedLog, held_records
 from mobility_agent.regions import DirtyRegions
 from mobility_agent.retry import first_of
+from mobility_agent.schedule import Schedule
 from mobility_agent.seeding import Seeder
 from mobility_agent.sender import Sender, SenderState
 from mobility_agent.settings import AgentSettings
@@ -99,6 +102,7 @@ class Service:
             rate_limit_bytes_per_second=settings.rate_limit_bytes_per_second,
             software=f"replicar {metadata.version('replicar')}",
         )
+        auditor = self._auditor(core)
         control = Control(
             client,
             core.state,
@@ -109,6 +113,7 @@ class Service:
             self.metrics,
             clock,
             heartbeat_seconds=settings.heartbeat_seconds,
+            auditor=auditor,
         )
         seeder = Seeder(core.ladder, clock, bytes_per_second=settings.seed_bytes_per_second or 0)
         addresses = {disk.name: settings.address(disk).listen for disk in settings.disks}
@@ -124,11 +129,26 @@ class Service:
                 control.run(),
                 self._measure(core, sender),
                 self._publish(core, sender, control, capture),
+                *self._wanted(core, auditor),
             )
         _log.info("stopped: no more writes are taken")
         await core.log.sync()
         await self._save_status(core, sender, control, capture, running=False)
         await control.farewell()
+
+    def _auditor(self, core: _Core) -> Auditor | None:
+        rate = int(self._settings.audit_bytes_per_second)
+        if not rate:
+            return None
+        return Auditor(core.ladder, self._clock, core.state.audit_file, bytes_per_second=rate)
+
+    def _wanted(self, core: _Core, auditor: Auditor | None) -> Iterator[Coroutine[Any, Any, None]]:
+        """The parts that the operator may switch off, as far as they are on."""
+        if auditor is not None:
+            yield auditor.run()
+        every = self._settings.mark_every_seconds
+        if every:
+            yield Schedule(core.marks, core.ladder, self._clock, every_seconds=every).run()
 
     @asynccontextmanager
     async def _core(self, state: StateDirectory) -> AsyncIterator[_Core]:
@@ -230,6 +250,7 @@ class Service:
             "lag_p50_seconds": lag[0],
             "lag_p99_seconds": lag[1],
             "marks": core.marks.count,
+            "audit": audit.model_dump() if (audit := control.audit) is not None else None,
             "in_gap": core.ladder.in_gap,
             "disks": [
                 {

@@ -117,6 +117,12 @@ class AgentSettings(BaseSettings):
     seal_delay_seconds: float = Field(
         default=0.005, ge=0.0, le=10.0, description="how long changes gather when the sender has caught up"
     )
+    audit_bytes_per_second: ByteSize = Field(
+        default=ByteSize(4 << 20), ge=0, description="how fast the disks are read for audits; 0: none are made"
+    )
+    mark_every_seconds: int = Field(
+        default=300, ge=0, le=86_400, description="how often a recovery point is named by itself; 0: never"
+    )
     heartbeat_seconds: float | None = Field(
         default=None, ge=0.1, le=30.0, description="how often to report when nothing happens; default: as told"
     )

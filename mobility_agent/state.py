@@ -5,6 +5,7 @@
     nbd/               sockets of disks whose settings name no other place
     assignment.json    the process server it was last told to send to; used while the config server is away
     marks.json         the recovery points it made, by command; see `marks`
+    audit.json         how far the audits are; see `auditing`
     disks.json         which index each disk has in the stream, and the incarnation whose log was begun
     status.json        what `mobility-agent status` shows; rewritten every second, worth nothing after a restart
     lock               held, with the process id inside, while an agent runs
@@ -74,6 +75,7 @@ class StateDirectory:
         self.sockets = path / "nbd"
         self.assignment_file = path / "assignment.json"
         self.marks_file = path / "marks.json"
+        self.audit_file = path / "audit.json"
         self.disks_file = path / "disks.json"
         self.status_file = path / "status.json"
         self.lock_file = path / "lock"

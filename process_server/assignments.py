@@ -21,6 +21,7 @@ from replicar.control.keys import key_number
 from replicar.control.messages import ProcessServerAssignment, ProcessServerInstructions
 from replicar.errors import CorruptionError, PermanentError
 from replicar.formats.logblob import WRAPPED_KEY_BYTES
+from replicar.log.tail import Stored
 
 ASSIGNMENTS_FILE: Final = "assignments.json"
 
@@ -48,7 +49,8 @@ def read_assignment(message: ProcessServerAssignment) -> Assignment:
         data_key=message.data_key_bytes(),
         wrapped_key=wrapped,
     )
-    return Assignment(message.name, writer, message.incarnation)
+    stored = Stored(message.stored_segment or 0, message.stored_sequence, bytes.fromhex(message.stored_digest))
+    return Assignment(message.name, writer, message.incarnation, stored)
 
 
 def read_assignments(messages: Iterable[ProcessServerAssignment]) -> list[Assignment]:

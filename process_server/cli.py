@@ -10,7 +10,7 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -35,6 +35,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # brackets in the settings shown are TOML
     pretty_exceptions_enable=False,
 )
+
+#: A server says how it is every second; older than this, it does not run.
+STALE_SECONDS: Final = 10.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
@@ -115,9 +118,20 @@ def status(
     ] = DEFAULT_DIRECTORY,
     as_json: Json = False,
 ) -> None:
-    """Show how the process server in a directory is; it writes this down every second while it runs."""
+    """Show how the process server in a directory is; it writes this down every second while it runs.
+
+    The exit status is 1 when it last did so more than ten seconds ago: then it does not run.
+    """
     facts = load_status(directory)
-    _tell(as_json, facts, "\n".join(_lines(facts)))
+    age_seconds = (SystemClock().now_ns() - facts["time_ns"]) / 1e9
+    facts["age_seconds"] = round(age_seconds, 1)
+    facts["alive"] = age_seconds <= STALE_SECONDS
+    lines = _lines(facts)
+    if not facts["alive"]:
+        lines.insert(0, f"NOT RUNNING: this is how it was {age_seconds:,.0f} s ago")
+    _tell(as_json, facts, "\n".join(lines))
+    if not facts["alive"]:
+        raise typer.Exit(1)
 
 
 @app.callback(invoke_without_command=True)

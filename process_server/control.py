@@ -99,6 +99,7 @@ def _heartbeat(health: ServerHealth, wait_seconds: float) -> ProcessServerHeartb
                 stored_sequence=machine.stored_sequence,
                 stored_segment=machine.stored_segment or None,
                 stored_digest=machine.stored_digest,
+                counted_since=machine.counters.since,
                 bytes_received=machine.counters.bytes_received,
                 bytes_stored=machine.counters.bytes_uploaded,
             )

@@ -13,14 +13,16 @@ from typing import Any, Final
 
 from replicar.control.files import PUBLIC_MODE, read_file, write_file
 from replicar.errors import PermanentError, ReplicarError
+from replicar.log.tail import Stored
 
 STATUS_FILE: Final = "status.json"
 
 
 @dataclass(slots=True)
 class Counters:
-    """Of one machine since this process started."""
+    """Of one machine since this process began to serve it, which `since` names: other counters began at zero."""
 
+    since: str = field(default_factory=lambda: uuid.uuid4().hex)
     bytes_received: int = 0  # whole, verified frames
     bytes_stored: int = 0  # of those, in storage; uncompressed
     bytes_uploaded: int = 0  # what that came to, compressed and sealed
@@ -91,15 +93,18 @@ def load_status(directory: Path) -> dict[str, Any]:
     return status
 
 
-def stored_numbers(directory: Path) -> dict[tuple[uuid.UUID, int], int]:
-    """Machine and incarnation to a segment number that was in storage when this server last wrote its status.
+def stored_before(directory: Path) -> dict[tuple[uuid.UUID, int], Stored]:
+    """Machine and incarnation to what was in storage when this server last wrote its status.
 
     A lower bound is all that is asked of it, so an older status, or none, does no harm.
     """
     try:
         machines = load_status(directory)["machines"]
         return {
-            (uuid.UUID(each["machine_id"]), int(each["incarnation"])): int(each["stored_segment"]) for each in machines
+            (uuid.UUID(each["machine_id"]), int(each["incarnation"])): Stored(
+                int(each["stored_segment"]), int(each["stored_sequence"]), bytes.fromhex(each["stored_digest"])
+            )
+            for each in machines
         }
     except (PermanentError, KeyError, ValueError, TypeError):
         return {}

@@ -140,6 +140,7 @@ class Connection(asyncio.BufferedProtocol):
     def progress(self) -> None:
         if self._receiver is not None and self._receiver.progress() != self._acknowledged:
             self._acknowledge_later(ACK_PAUSE_SECONDS)
+            self._receiver.stored()
 
     def refuse(self, error: ReplicarError) -> None:
         if self.state is State.CLOSED:
@@ -230,6 +231,10 @@ class Connection(asyncio.BufferedProtocol):
         """Read on."""
         if self._transport is not None:
             self._transport.resume_reading()
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        """Have `call` called so much later; it finds out itself whether that still matters."""
+        self._loop.call_later(seconds, call)
 
     def say(self, message: Message) -> None:
         if self._transport is not None and not self._transport.is_closing():

@@ -62,8 +62,12 @@ _SEARCH_BYTES: Final = 4096
 
 
 def may_jump(header: FrameHeader, table: Table, next_sequence: int) -> bool:
-    """Whether a frame that is not the next one may follow all the same."""
-    return header.first_sequence > next_sequence and frame.begins_anew(table)
+    """Whether a frame that is not the next one may follow all the same.
+
+    A gap alone is no reason: the ladder says GAP too, in order, and what it leaves behind is still to come.
+    """
+    first = header.first_sequence
+    return first > next_sequence and frame.may_begin_anew(first) and frame.begins_anew(table)
 
 
 class Intake:
@@ -113,10 +117,9 @@ class Intake:
 
     def _whole(self, data: memoryview, start: int, header: FrameHeader) -> Step:
         try:
-            found = frame.read_frame(data, start)
+            found = frame.read_body(header, data, start)
         except CorruptionError as error:
             return self._unwanted(header, header.frame_bytes, error.message, again=self._is_repeat(header))
-        assert found is not None, "the caller saw that the frame is all there"
         if header.first_sequence != self.next_sequence and not may_jump(header, found.table, self.next_sequence):
             return self._unwanted(header, header.frame_bytes, self._disorder(header), again=self._is_repeat(header))
         self.is_seeking = False

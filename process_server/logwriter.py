@@ -4,7 +4,7 @@ Taking over, in this order, so that of two writers at most one goes on and nothi
 
     1  create stripe 0 of our run (If-None-Match: only one can) and take its lease
     2  list: a blob of a later epoch or run -> FencedError. Break every other lease
-    3  read the log to its end
+    3  read the log to its end; verify in full what may have been under way there when its writer died
     4  write our run's header: from here on this run replaces what older ones hold beyond that end
 
 Whoever adds a blob to its run (another stripe, another run) also creates, leases and *then* lists. So if the older
@@ -28,11 +28,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from replicar.clock import Clock
-from replicar.errors import ConflictError, FencedError, ReplicarError
+from replicar.errors import ConflictError, FencedError, PermanentError, ReplicarError
 from replicar.formats import logblob, segment
 from replicar.formats.logblob import BlobHeader, BlobName
 from replicar.log.reader import LogReader, Tail
-from replicar.storage.store import PageBlobStore
+from replicar.log.tail import Stored, sound_tail
+from replicar.storage.store import PageBlobStore, is_missing
 
 #: Enough for a few segments, so that a run is worth its name.
 MIN_BLOB_BYTES: Final = 16 << 20
@@ -99,18 +100,20 @@ class LogWriter:
         clock: Clock,
         *,
         keys: Mapping[int, bytes],
+        stored: Stored = Stored(),  # noqa: B008 - a value that nobody can change
         accept: Callable[[Tail], None] = lambda _: None,
     ) -> LogWriter:
         """Take the log over.
 
         Args:
             keys: all data keys of the machine, for reading what is there.
+            stored: what is known to be in storage.
             accept: told where the log ends; raises when that can't be. Nothing is replaced then: a blob that is missing
                 today may be brought back tomorrow.
 
         Raises:
             FencedError: a newer writer has it.
-            CorruptionError: what is there contradicts itself before its end.
+            CorruptionError: what is there contradicts itself before its end, or what is known to be stored is damaged.
             PermanentError, TransientError: storage.
         """
         log = cls(store, writer, limits, clock)
@@ -120,10 +123,8 @@ class LogWriter:
         try:
             await log._add_stripe(fence=True)
             reader = LogReader(store, writer.machine_id, keys)
-            async for _ in reader.segments():
-                pass
-            accept(reader.tail)
-            log.tail = reader.tail
+            log.tail = await sound_tail(reader, stored)
+            accept(log.tail)
             await log._write_header(log._stripes[0])
         except ReplicarError:
             await log._discard()
@@ -209,8 +210,15 @@ class LogWriter:
         if fence:
             for other, leased in blobs:
                 if leased and other != name:
-                    await self._store.break_lease(str(other))
+                    await self._break(other)
         return stripe
+
+    async def _break(self, other: BlobName) -> None:
+        try:
+            await self._store.break_lease(str(other))
+        except PermanentError as error:
+            if not is_missing(error):  # else its writer was refused and took it back meanwhile
+                raise
 
     async def _write_header(self, stripe: _Stripe) -> None:
         header = BlobHeader(

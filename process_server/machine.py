@@ -40,6 +40,7 @@ from replicar.errors import (
 )
 from replicar.formats.wire import Hello, Welcome
 from replicar.log.reader import Tail
+from replicar.log.tail import Stored
 from replicar.storage.store import PageBlobStore
 
 #: Until the log is opened again: at first, and at most.
@@ -59,11 +60,12 @@ class MachineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A machine that this server serves."""
+    """A machine that this server serves. `stored` is what the config server knows; news of it change no assignment."""
 
     name: str
     writer: Writer
     incarnation: int = 0
+    stored: Stored = field(default=Stored(), compare=False)
 
     @property
     def machine_id(self) -> uuid.UUID:
@@ -115,7 +117,8 @@ class Machine:
 
     Args:
         leftovers: this machine's slots from an earlier life.
-        stored_number: a segment that is known to be in storage (0: none); a log that ends before it has lost something.
+        stored: what this server knew to be in storage in an earlier life; a log that ends before it, or before what the
+            assignment says, has lost something.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class Machine:
         workshop: Workshop,
         leftovers: list[tuple[int, SlotHeader]] | None = None,
         *,
-        stored_number: int = 0,
+        stored: Stored = Stored(),  # noqa: B008 - a value that nobody can change
     ) -> None:
         self.assignment = assignment
         self.workshop = workshop
@@ -138,7 +141,7 @@ class Machine:
         self._log: LogWriter | None = None
         self._leftovers = leftovers or []
         self._damage: CacheDamage | None = None
-        self._stored_number = stored_number
+        self._stored = _further(stored, assignment.stored)
 
     # --- the agent's side ---
 
@@ -154,7 +157,7 @@ class Machine:
         if self.state in (MachineState.FENCED, MachineState.REFUSING):
             assert self.error is not None
             self._refuse(self.error)
-        elif self.stream is not None:
+        elif self.stream is not None and self._damage is None:  # else what is wanted next is about to go back
             self._welcome(self.stream)
 
     def detach(self, agent: Agent) -> None:
@@ -174,6 +177,22 @@ class Machine:
         self.workshop.committer.mark(self.stream, self._progress)
         if news and self._pipeline is not None:
             self._pipeline.wake()
+
+    # --- the config server's side ---
+
+    def learn(self, stored: Stored) -> bool:
+        """What the config server knows to be stored, for the next time the log is opened.
+
+        False when the log was opened already and ends before that: then it lost something, and must be opened again.
+        """
+        self._stored = _further(self._stored, stored)
+        return self._pipeline is None or self._pipeline.tail.number >= stored.number
+
+    def reassign(self, assignment: Assignment) -> None:
+        """Go on under this assignment. Of an earlier incarnation nothing has to be in storage any more."""
+        if assignment.incarnation != self.assignment.incarnation:
+            self._stored = assignment.stored
+        self.assignment = assignment
 
     # --- life ---
 
@@ -229,7 +248,7 @@ class Machine:
                     await log.close()
 
     def health(self) -> MachineHealth:
-        stream, tail = self.stream, self._pipeline.tail if self._pipeline is not None else None
+        stream, known = self.stream, self._known()
         return MachineHealth(
             machine_id=self.assignment.machine_id,
             name=self.assignment.name,
@@ -237,10 +256,10 @@ class Machine:
             epoch=self.assignment.writer.epoch,
             incarnation=self.assignment.incarnation,
             connected=self._agent is not None,
-            received_sequence=stream.received_sequence if stream is not None else 0,
-            stored_sequence=stream.stored_sequence if stream is not None else 0,
-            stored_segment=tail.number if tail is not None else self._stored_number,
-            stored_digest=tail.digest.hex() if tail is not None and tail.number else "",
+            received_sequence=stream.received_sequence if stream is not None else known.sequence,
+            stored_sequence=stream.stored_sequence if stream is not None else known.sequence,
+            stored_segment=known.number,
+            stored_digest=known.digest.hex(),
             pending_bytes=stream.pending_bytes if stream is not None else 0,
             counters=self.counters,
             error=error_data(self.error),
@@ -254,6 +273,7 @@ class Machine:
             shop.tuning.log,
             shop.clock,
             keys={writer.key_id: writer.data_key},
+            stored=self._known(),
             accept=self._accept,
         )
         self._log = log
@@ -290,12 +310,13 @@ class Machine:
         """
         if self.stream is not None:
             self.stream.check_log(tail.sequence)
-        elif tail.number < self._stored_number:
+        known = self._known()
+        if tail.number < known.number:
             raise ConflictError(
                 f"the log of machine {self.assignment.name} in storage ends at segment {tail.number}, but segment "
-                f"{self._stored_number} was stored",
+                f"{known.number} was stored",
                 hint=LOST_LOG_HINT,
-                ours=self._stored_number,
+                ours=known.number,
                 theirs=tail.number,
                 machine_id=str(self.assignment.machine_id),
             )
@@ -350,16 +371,26 @@ class Machine:
         self._refuse(error)
         self._let_go()
 
+    def _known(self) -> Stored:
+        """The furthest that is known to be stored, whoever said so."""
+        if self._pipeline is None or not self._pipeline.tail.number:
+            return self._stored
+        tail = self._pipeline.tail
+        return _further(self._stored, Stored(tail.number, tail.sequence, tail.digest))
+
     def _let_go(self) -> None:
         """Give slots and buffers back; what was not stored is the agent's to send again."""
-        if self._pipeline is not None:
-            self._stored_number = max(self._stored_number, self._pipeline.tail.number)
+        self._stored = self._known()
         stream, self.stream, self._pipeline, self._damage = self.stream, None, None, None
         if stream is not None:
             self.workshop.slots.settle(stream, stream.abandon())
         for index, _ in self._leftovers:
             self.workshop.slots.release_index(index)
         self._leftovers = []
+
+
+def _further(one: Stored, other: Stored) -> Stored:
+    return max(one, other, key=lambda stored: (stored.number, stored.digest))
 
 
 #: What finds a machine by the id in its certificate.

@@ -8,12 +8,17 @@ Bytes are copied only
 
 When there is none to be had, reading stops, and with it, by TCP, the agent; nothing is dropped.
 
+It stops for a moment too, between two slots, while storing has enough to go on with and does go on: what is received
+far ahead goes through cold memory, and when that runs out is read back and verified again. It stops for a moment only:
+where storage is the slower one, or stands still, the cache is what takes the difference.
+
 Bounds: a connection may make us ask for so many repeats, and have us drop so many bytes while it finds its place again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Protocol
 
 from process_server.intake import Accept, Begin, Drop, Intake, Wait
@@ -29,6 +34,8 @@ MAX_RESENDS: Final = 16
 REPEAT_SECONDS: Final = 5.0
 #: What may be dropped while waiting for a repeat: what was under way, and a good deal more.
 MAX_DROPPED_BYTES: Final = 64 << 20
+#: How long storing may take to catch up by something, before receiving goes on without it.
+PATIENCE_SECONDS: Final = 0.25
 
 
 class Line(Protocol):
@@ -41,6 +48,8 @@ class Line(Protocol):
     def say(self, message: Message) -> None: ...
 
     def refuse(self, error: ReplicarError) -> None: ...
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None: ...
 
 
 class Receiver:
@@ -59,6 +68,9 @@ class Receiver:
         self._wanted = wanted
         self._aside = b""  # received, and in no slot
         self._is_blocked = False  # there is no slot to receive into
+        self._is_waiting = False  # there may be one, but storing is to catch up first
+        self._is_timing = False  # how long that takes
+        self._outwaited = -1  # what was stored when waiting for more of it was in vain
         self._is_closed = False
         self._needed = 1  # unparsed bytes before which parsing has nothing to do
         self._resends = 0
@@ -73,6 +85,11 @@ class Receiver:
         """Called now and then: ask again for what was asked for and never came (its header may be what is damaged)."""
         if self._intake.is_seeking and self._now() >= self._asked + REPEAT_SECONDS:
             self._ask("it has not come yet")
+
+    def stored(self) -> None:
+        """Something may have been stored."""
+        if self._is_waiting and not self._should_wait():
+            self._unblock()
 
     def buffer(self) -> memoryview | None:
         """Where the next bytes go; None for a scratch buffer, of which they are copied."""
@@ -92,7 +109,7 @@ class Receiver:
 
     def close(self) -> None:
         """The connection is over; half a frame is nobody's."""
-        self._is_closed, self._aside = True, b""
+        self._is_closed, self._is_waiting, self._aside = True, False, b""
         slot = self._stream.open_slot
         if slot is not None:
             slot.filled = slot.parsed
@@ -112,10 +129,32 @@ class Receiver:
         self._line.pause()
         self._slots.wait(self._unblock)
 
+    def _should_wait(self) -> bool:
+        return self._stream.is_ahead and self._stream.stored_sequence != self._outwaited
+
+    def _wait(self, data: bytes) -> None:
+        """Let storing catch up by a segment, if it does so soon."""
+        self._aside, self._is_blocked, self._is_waiting = data, True, True
+        self._line.pause()
+        if not self._is_timing:
+            self._time()
+
+    def _time(self) -> None:
+        self._is_timing = True
+        self._line.later(PATIENCE_SECONDS, partial(self._timed, self._stream.stored_sequence))
+
+    def _timed(self, stored: int) -> None:
+        self._is_timing = False
+        if self._is_waiting and self._stream.stored_sequence == stored:
+            self._outwaited = stored
+            self._unblock()
+        elif self._is_waiting:
+            self._time()
+
     def _unblock(self) -> None:
         if self._is_closed or not self._is_blocked:
             return
-        data, self._aside, self._is_blocked = self._aside, b"", False
+        data, self._aside, self._is_blocked, self._is_waiting = self._aside, b"", False, False
         self._place(data)
         if not self._is_blocked:
             self._line.resume()
@@ -158,8 +197,11 @@ class Receiver:
         """Go on in another slot, with what is unparsed in this one; None if there is none (reading stops then)."""
         assert slot.buffer is not None
         rest = slot.buffer[slot.parsed : slot.filled]
-        following = self._slots.take(self._stream.next_sequence)
-        if following is None:
+        waits = self._should_wait()
+        following = None if waits else self._slots.take(self._stream.next_sequence)
+        if waits:
+            self._wait(bytes(rest))
+        elif following is None:
             self._block(bytes(rest))
         else:
             _fill(following, rest)

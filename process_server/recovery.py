@@ -3,6 +3,10 @@
 Slots are sorted by serial; a machine's frames are taken up contiguously from the first one that storage does not have.
 Whatever is torn, damaged, missing or out of order ends the run there: the agent still has everything that is not stored
 and sends the rest again. So this can cost time and never data.
+
+A stream that leaves numbers out (after a power cut of its machine) is followed only right behind a frame that is sound
+in the same slot: at a slot's beginning nobody can tell such a jump from a slot before it that lost its end, and what
+was lost there would count as stored. Another incarnation is followed anywhere: its agent has nothing of the older one.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from process_server.intake import may_jump
 from process_server.stream import SLOT_LIMIT_BYTES
 from replicar.errors import CorruptionError
 from replicar.formats import frame
-from replicar.formats.frame import FrameHeader
+from replicar.formats.frame import INCARNATION_SHIFT, FrameHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,8 @@ def _frames(buffer: memoryview, machine_id: uuid.UUID, following: int) -> tuple[
         header = found.header
         wanted = expected if expected is not None else following
         if header.next_sequence > following:  # else it is stored
-            if header.first_sequence != wanted and not may_jump(header, found.table, wanted):
+            follows = expected is not None or header.first_sequence >> INCARNATION_SHIFT > wanted >> INCARNATION_SHIFT
+            if header.first_sequence != wanted and not (follows and may_jump(header, found.table, wanted)):
                 return headers, start
             if not headers:
                 start = offset

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from process_server.cache import SlotHeader
 from process_server.machine import Assignment, Machine, MachineState, Workshop
+from replicar.log.tail import Stored
 
 
 class Roster:
@@ -17,7 +18,7 @@ class Roster:
     Args:
         group: where their tasks run; a programmer's error in one ends the server.
         leftovers: slots of an earlier life by machine; taken by whoever is assigned.
-        stored_numbers: machine and incarnation to a segment known to be stored.
+        stored: machine and incarnation to what is known to be stored.
     """
 
     def __init__(
@@ -25,12 +26,12 @@ class Roster:
         workshop: Workshop,
         group: asyncio.TaskGroup,
         leftovers: dict[uuid.UUID, list[tuple[int, SlotHeader]]],
-        stored_numbers: Mapping[tuple[uuid.UUID, int], int],
+        stored: Mapping[tuple[uuid.UUID, int], Stored],
     ) -> None:
         self._workshop = workshop
         self._group = group
         self._leftovers = leftovers
-        self._stored_numbers = stored_numbers
+        self._stored = stored
         self._machines: dict[uuid.UUID, Machine] = {}
         self._tasks: dict[uuid.UUID, asyncio.Task[None]] = {}
 
@@ -52,10 +53,12 @@ class Roster:
         for machine_id, each in wanted.items():
             machine = self._machines.get(machine_id)
             if machine is not None and machine.assignment != each:
-                if machine.assignment.writer == each.writer and machine.state is not MachineState.REFUSING:
-                    machine.assignment = replace(each)  # another name or incarnation: the stream goes on
-                    continue
-                await self._stop(machine_id)
+                if _goes_on(machine, each):
+                    machine.reassign(replace(each))
+                else:
+                    await self._stop(machine_id)
+            elif machine is not None and not machine.learn(each.stored):
+                await self._stop(machine_id)  # the log was opened before this was known
             if machine_id not in self._machines:
                 self._start(each)
         if final:
@@ -77,7 +80,7 @@ class Roster:
             assignment,
             self._workshop,
             self._leftovers.pop(machine_id, None),
-            stored_number=self._stored_numbers.get((machine_id, assignment.incarnation), 0),
+            stored=self._stored.get((machine_id, assignment.incarnation), Stored()),
         )
         self._machines[machine_id] = machine
         self._tasks[machine_id] = self._group.create_task(machine.run(), name=f"machine {assignment.name}")
@@ -87,3 +90,12 @@ class Roster:
         task.cancel()
         await asyncio.wait([task])
         await machine.close()
+
+
+def _goes_on(machine: Machine, assignment: Assignment) -> bool:
+    """Whether a machine's stream goes on under a changed assignment: another name, or another incarnation while all is
+    well. A machine that was enrolled again while its log could not be opened begins anew, for that is what it was done
+    for: what was stored of its earlier incarnation may be lost for good."""
+    if machine.assignment.writer != assignment.writer or machine.state is MachineState.REFUSING:
+        return False
+    return machine.state is MachineState.RUNNING or machine.assignment.incarnation == assignment.incarnation

@@ -22,7 +22,7 @@ from process_server import assignments
 from process_server.cache import CacheFile
 from process_server.commit import Committer
 from process_server.control import Control
-from process_server.health import ServerHealth, error_data, stored_numbers
+from process_server.health import ServerHealth, error_data, stored_before
 from process_server.listener import Listener
 from process_server.machine import Workshop
 from process_server.pipeline import first_error
@@ -67,6 +67,7 @@ class ProcessServer:
         self._store = store
         self._errors: dict[str, Callable[[], ReplicarError | None]] = {}
         self._told: dict[str, str] = {}
+        self._status_error: ReplicarError | None = None
 
     async def run(self, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
         """Serve until `stop` is set.
@@ -95,7 +96,7 @@ class ProcessServer:
             workshop = Workshop(store, cache, slots, committer, sealer, self._clock, settings.tuning())
             try:
                 async with asyncio.TaskGroup() as group:
-                    self.roster = Roster(workshop, group, found.by_machine, stored_numbers(directory))
+                    self.roster = Roster(workshop, group, found.by_machine, stored_before(directory))
                     await self._serve(group, workshop, client, stop, ready)
             except BaseExceptionGroup as errors:
                 raise first_error(errors) from None
@@ -134,7 +135,11 @@ class ProcessServer:
                 heartbeat_seconds=settings.heartbeat_seconds,
                 clock=self._clock,
             )
-            self._errors = {"config server": lambda: control.error, "storage": lambda: container.error}
+            self._errors = {
+                "config server": lambda: control.error,
+                "storage": lambda: container.error,
+                "status file": lambda: self._status_error,
+            }
             background.append(group.create_task(control.run(), name="control"))
             background.append(group.create_task(self._report(workshop, listener.port), name="status"))
             ready(listener.port)
@@ -147,9 +152,13 @@ class ProcessServer:
         last_health = self._health(workshop, listener.port)  # while the machines still know how far they are
         await roster.close()
         commits.cancel()
-        last_health.save(directory)
+        try:
+            last_health.save(directory)
+        except PermanentError as error:
+            _log.warning("the last status can't be written: %s", error)  # it is a lower bound, and an older one will do
 
     async def _drain(self, workshop: Workshop, roster: Roster) -> None:
+        _log.info("stopping: storing what is pending, for %d s at most; the rest stays in the cache", DRAIN_SECONDS)
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 await workshop.committer.flushed()
@@ -176,7 +185,11 @@ class ProcessServer:
         """Write the status file, and say on the log when an error comes or goes."""
         while True:
             health = self._health(workshop, port)
-            await asyncio.to_thread(health.save, self.settings.directory)
+            try:
+                await asyncio.to_thread(health.save, self.settings.directory)
+                self._status_error = None
+            except PermanentError as error:  # a full disk, say: the cache has its space, so the data path goes on
+                self._status_error = error
             self._tell(health)
             await self._clock.sleep(STATUS_SECONDS)
 

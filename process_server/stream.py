@@ -34,6 +34,8 @@ from replicar.formats.frame import FrameHeader
 #: No frame is placed so that a segment from the slot's start to its end would be larger than a segment may be.
 SLOT_LIMIT_BYTES: Final = segment.MAX_RAW_BYTES
 assert SLOT_LIMIT_BYTES < PAYLOAD_BYTES
+#: Segments that wait for their turn, beyond which more would only lie in memory and not make storing any faster.
+AHEAD_SEGMENTS: Final = 2
 
 LOST_LOG_HINT: Final = (
     "was the container or a blob deleted? Bring it back (soft delete), or enrol the machine again to start anew"
@@ -129,6 +131,11 @@ class Stream:
     def received_sequence(self) -> int:
         """Up to here nothing is lost if this process dies: durable in the cache, or stored already."""
         return max(self._durable_sequence, self.stored_sequence)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether more is received than storing needs to go on without a pause."""
+        return len(self._ready) + len(self._in_flight) >= self._cutting.in_flight + AHEAD_SEGMENTS
 
     @property
     def pending_bytes(self) -> int:

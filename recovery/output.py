@@ -207,6 +207,8 @@ async def _in_thread(work: Callable[..., _Result], *arguments: Any) -> _Result:
         while not future.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([future])
+        if not future.cancelled():
+            future.exception()  # looked at: what another write failed with is being raised already
         raise
 
 

@@ -5,7 +5,8 @@ walks the stripes by itself (`scan`) and goes on behind the damage: a segment's 
 the chain holds across one that does not open; behind bytes that are no segment it looks for the next one.
 
 Audits say what a source disk held at some sequence. Each is compared with what recovery would give there, unless order
-was not known or something before it is damaged (`audits_skipped`).
+was not known or something before it is damaged (`audits_skipped`). One that fails is a problem of the source or of the
+agent, not of the log: the others are compared all the same.
 
 Memory is bounded by AHEAD segments and the index of the extents that still count.
 """
@@ -60,6 +61,7 @@ class Report:
     last_number: int = 0
     stored_number: int = 0
     audits: int = 0
+    audits_failed: int = 0
     audits_skipped: int = 0
     note: str = ""
     problem_count: int = 0
@@ -224,17 +226,25 @@ class _Checker:
             if unordered or int(table.descriptors[row]["length"]) > MAX_AUDIT_BYTES:
                 self.report.audits_skipped += 1
                 continue
-            problem = await self._audit(self._index, found, row)
-            if problem is not None:
-                self._damaged(problem)
+            try:
+                problem = await self._audit(self._index, found, row)
+            except CorruptionError as error:
+                self._damaged(opened.found.problem(error.message))
                 return
+            if problem is not None:  # the log is sound as far as it goes: what it says is not what the disk had
+                self.report.audits_failed += 1
+                self.report.add(problem)
         try:
             self._index.apply(found, opened.records)
         except CorruptionError as error:
             self._damaged(opened.found.problem(error.message))
 
     async def _audit(self, index: Index, found: Segment, row: int) -> Problem | None:
-        """Compare one AUDIT with the disk as it is recovered at that sequence."""
+        """Compare one AUDIT with the disk as it is recovered at that sequence.
+
+        Raises:
+            CorruptionError: what recovery needs for it can't be opened.
+        """
         entry, places = found.table.descriptors[row], found.table.payload_places()
         disk, offset, length = int(entry["disk"]), int(entry["offset"]), int(entry["length"])
         extents = index.lookup(disk, offset, length)
@@ -243,14 +253,13 @@ class _Checker:
                 extents = merge(extents, ExtentMap.from_table(*columns).lookup(offset, length))
         out = bytearray(length)
         place, size = int(places[row]), AUDIT_DIGEST_BYTES
-        try:
-            await fill(self._cache, ChainMap({found.number: found}, index.segments), extents, offset, out)
-            chunks = await self._cache.get(found, list(chunks_of(found.table, place, size)))
-        except CorruptionError as error:
-            return Problem(error.message, found.number, found.blob, found.offset)
+        await fill(self._cache, ChainMap({found.number: found}, index.segments), extents, offset, out)
+        chunks = await self._cache.get(found, list(chunks_of(found.table, place, size)))
         self.report.audits += 1
         if xxhash.xxh3_128_digest(out) == bytes_from(found.table, chunks, place, size):
             return None
         sequence = found.table.header.position.first_sequence + row
-        text = f"at sequence {sequence} the source held other bytes at {offset} of disk {disk} ({length} bytes)"
+        known = index.history.disks.get(disk)
+        name = known.name if known is not None else str(disk)
+        text = f"at sequence {sequence} the source held other bytes at {offset} of disk {name} ({length} bytes)"
         return Problem(f"{text} than recovery gives", found.number, found.blob, found.offset)

@@ -192,6 +192,7 @@ class Cluster:
         settings: dict[str, Any] = {
             "directory": str(self.agent_directory),
             "journal_bytes": 512 * MIB,
+            "mark_every_seconds": 0,  # the points of a story are its own
             "heartbeat_seconds": HEARTBEAT_SECONDS,
         }
         disks = [{"name": name, "path": str(path), "nbd": str(self.nbd(name))} for name, path in self.disks.items()]

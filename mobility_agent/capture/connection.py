@@ -237,7 +237,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._ladder.regions[disk.index].mark(offset, length)
         if offset < disk.watch_end and offset + length > disk.watch_start:
-            disk.watch_hit = True
+            disk.touched(offset, length)
         try:
             if place:
                 disk.write(offset, log.data[place : place + length])

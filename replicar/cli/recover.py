@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from recovery.chunks import ChunkSource
-from recovery.index import State
+from recovery.index import Audited, State
 from recovery.moments import format_moment, parse_moment
 from recovery.output import Written, write_raw_file, write_vhd_blob, write_vhd_file
 from recovery.points import AtSequence, Instant, Latest, Named, Request, locate
@@ -176,6 +176,7 @@ def _tell(
     telling: Telling, machine: str, access: Access, view: View, written: list[Written], kind: str, seconds: float
 ) -> None:
     place = view.state.place
+    audits = {item.name: view.state.audited.get(item.index, Audited()) for item in view.disks}
     data = {
         "machine": machine,
         "machine_id": str(access.log.machine_id),
@@ -183,7 +184,7 @@ def _tell(
         "time_ns": place.time_ns,
         "time": format_moment(place.time_ns),
         "kind": kind,
-        "disks": [asdict(item) for item in written],
+        "disks": [asdict(item) | asdict(audits[item.disk]) for item in written],
         "seconds": round(seconds, 3),
     }
 
@@ -191,10 +192,19 @@ def _tell(
         console.print(
             f"{machine} as it was after sequence {place.sequence}, {format_moment(place.time_ns)}", markup=False
         )
-        made = table("~disk", "~target", ">size", ">data")
+        made = table("~disk", "~target", ">size", ">data", ">audited", ">oldest audit")
         for item in written:
-            row(made, item.disk, item.target, size(item.size_bytes), size(item.data_bytes))
+            share, age = _audited(audits[item.disk], view.disk(item.disk).size_bytes, place.time_ns)
+            row(made, item.disk, item.target, size(item.size_bytes), size(item.data_bytes), share, age)
         console.print(made)
         console.print(f"in {duration(seconds)}")
 
     telling.result(data, show)
+
+
+def _audited(audited: Audited, size_bytes: int, time_ns: int) -> tuple[str, str]:
+    """The share of a disk that was audited before the point, and how long before it the oldest of these audits was."""
+    if audited.oldest_ns is None:
+        return "0 %", "-"
+    share = int(100 * audited.audited_bytes / size_bytes)
+    return f"{share} %", duration(max(time_ns - audited.oldest_ns, 0) / 1e9)

@@ -53,7 +53,11 @@ def _show(console: Console, machine: str, report: Report, seconds: float) -> Non
     row(made, "frames", f"{report.frames}, {report.descriptors} descriptors")
     row(made, "sequences", f"{report.first_sequence} to {report.last_sequence}")
     row(made, "bytes", f"{size(report.sealed_bytes)} sealed, {size(report.raw_bytes)} opened, in {duration(seconds)}")
-    row(made, "audits", f"{report.audits} compared, {report.audits_skipped} not comparable")
+    row(
+        made,
+        "audits",
+        f"{report.audits} compared, {report.audits_failed} failed, {report.audits_skipped} not comparable",
+    )
     if report.note:
         row(made, "note", report.note)
     console.print(made)
@@ -66,4 +70,12 @@ def _show(console: Console, machine: str, report: Report, seconds: float) -> Non
         unknown = (problem.number, problem.blob, problem.offset)
         row(wrong, *("-" if value is None else value for value in unknown), problem.text)
     console.print(wrong)
-    console.print("next step: recover to a point before the first of these, and restore the blobs if you have a copy")
+    if report.problem_count > report.audits_failed:
+        console.print(
+            "next step: recover to a point before the first of these, and restore the blobs if you have a copy"
+        )
+    if report.audits_failed:
+        console.print(
+            "next step for failed audits: find out what wrote to the disk past the agent; then enrol the machine again"
+            " under its name, and its disks are compared in full"
+        )

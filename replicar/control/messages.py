@@ -101,6 +101,21 @@ class GapReport(Message):
     reason: Text = ""
 
 
+class AuditReport(Message):
+    """How far the round of audits over all disks is, and when the last whole one began and ended (None: never yet).
+
+    `skipped_bytes` were left out because they were written all the time, or could not be read.
+    """
+
+    bytes_per_second: Count
+    done_bytes: Count = 0
+    total_bytes: Count = 0
+    skipped_bytes: Count = 0
+    last_began_ns: Count | None = None
+    last_ended_ns: Count | None = None
+    last_skipped_bytes: Count = 0
+
+
 class AgentHeartbeat(Message):
     """POST /v1/heartbeats/machine.
 
@@ -127,6 +142,7 @@ class AgentHeartbeat(Message):
     ordered_from: tuple[Count, Count] | None = None
     stored_until_ns: Count | None = None
     errors: Annotated[tuple[ErrorReport, ...], Field(max_length=MAX_ERRORS)] = ()
+    audit: AuditReport | None = None
     wait_seconds: Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS)] = 0.0
     known_version: Text = ""
 
@@ -162,13 +178,18 @@ class AgentInstructions(Message):
 
 
 class MachineProgress(Message):
-    """How far a process server is with one machine; segment and digest are those of the last stored segment."""
+    """How far a process server is with one machine; segment and digest are those of the last stored segment.
+
+    The bytes are counted from zero since whatever `counted_since` names (any text, another one for every beginning), so
+    that a restart is told from a repetition; without it, only a number lower than before is known for a restart.
+    """
 
     machine_id: uuid.UUID
     received_sequence: Count = 0
     stored_sequence: Count = 0
     stored_segment: Count | None = None
     stored_digest: Digest = ""
+    counted_since: Annotated[str, StringConstraints(max_length=64)] = ""
     bytes_received: Count = 0
     bytes_stored: Count = 0
 
@@ -219,7 +240,11 @@ class _WithDataKey(Message):
 
 
 class ProcessServerAssignment(_WithDataKey):
-    """A machine to accept, with the key to seal its segments by. Both keys are base64."""
+    """A machine to accept, with the key to seal its segments by. Both keys are base64.
+
+    `stored_*`: a segment of this incarnation that is known to be in storage, its last sequence and its digest. Whoever
+    takes the log over must find it there; None and 0 while nothing is known.
+    """
 
     machine_id: uuid.UUID
     name: Text
@@ -227,6 +252,9 @@ class ProcessServerAssignment(_WithDataKey):
     incarnation: Count
     wrapped_key: Text
     key_id: Text
+    stored_segment: Count | None = None
+    stored_sequence: Count = 0
+    stored_digest: Digest = ""
 
 
 class ProcessServerInstructions(Message):
@@ -270,6 +298,7 @@ class MachineSummary(Message):
     disks: tuple[DiskReport, ...]
     storing: bool = True
     errors: tuple[ErrorReport, ...] = ()
+    audit: AuditReport | None = None
 
     @property
     def seed_done_bytes(self) -> int:

@@ -191,11 +191,21 @@ def read_frame(data: Buffer, offset: int = 0) -> Frame | None:
     header = read_header(data, offset)
     if header is None or len(data) - offset < header.frame_bytes:
         return None
-    view = memoryview(data)[offset : offset + header.frame_bytes]
-    table_bytes = view[header.table_offset :]
+    return read_body(header, data, offset)
+
+
+def read_body(header: FrameHeader, data: Buffer, offset: int = 0) -> Frame:
+    """Verify the frame at `offset`, which is all there, behind its header, which was decoded already.
+
+    Raises:
+        CorruptionError: as `read_frame`.
+    """
+    table_offset, frame_bytes = header.table_offset, header.frame_bytes
+    view = memoryview(data)[offset : offset + frame_bytes]
+    table_bytes = view[table_offset:]
     if xxhash.xxh3_64_intdigest(table_bytes) != header.table_checksum:
         raise _corrupt("the frame's table fails its checksum", offset, sequence=header.first_sequence)
-    if xxhash.xxh3_64_intdigest(view[HEADER_BYTES : header.table_offset]) != header.payload_checksum:
+    if xxhash.xxh3_64_intdigest(view[HEADER_BYTES:table_offset]) != header.payload_checksum:
         raise _corrupt("the frame's payload fails its checksum", offset, sequence=header.first_sequence)
     check_table(table_view(table_bytes), header.payload_bytes, sequence=header.first_sequence)
     return Frame(header, view)

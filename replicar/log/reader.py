@@ -13,7 +13,8 @@ which nothing can be opened (a wrong key must not look like an empty log, or som
 
 A half-written stripe does not hide what lies in the others, since segments are written several at a time.
 
-Weak: the walk is from the beginning each time; `after` lets a caller go on from where it was.
+Weak: the walk is from the beginning each time; `after` lets a caller go on from where it was. Of the newest run's last
+segments only the tables are known to be sound; whoever builds on the end takes it from `tail.sound_tail`.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from replicar.errors import CorruptionError, PermanentError
+from replicar.errors import CorruptionError, PermanentError, TransientError
 from replicar.formats import frame, logblob, segment
 from replicar.formats.logblob import BlobHeader, BlobName
 from replicar.formats.segment import SegmentHeader, SegmentTable
-from replicar.storage.store import PageBlobStore
+from replicar.storage.store import PageBlobStore, is_missing
 
 #: What one request reads at least; a table of a segment full of 4 KiB writes is about 20 KiB.
 WINDOW_BYTES: Final = 64 << 10
+#: How often blobs are listed anew when a listed one is gone: a writer whose start was refused takes its own back.
+LISTINGS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +84,23 @@ class LogReader:
         self._machine_id = machine_id
         self._keys = keys
         self.tail = Tail()
+        self.newest_first = 1  # the number that the newest run begins with, as of the last walk
 
     async def runs(self) -> list[Run]:
         """All runs in reading order; those that were made and never written are left out.
 
         Raises:
             CorruptionError: a blob whose header does not belong to its name.
+            TransientError: blobs went away while they were read, again and again.
         """
+        for _ in range(LISTINGS):
+            try:
+                return await self._list_runs()
+            except _GoneError:
+                continue
+        raise self._unsteady()
+
+    async def _list_runs(self) -> list[Run]:
         by_run: dict[tuple[int, int], list[tuple[BlobName, int]]] = {}
         for info in await self._store.list(logblob.log_prefix(self._machine_id)):
             name = logblob.read_name(info.name)
@@ -97,7 +110,7 @@ class LogReader:
         for _, blobs in sorted(by_run.items()):
             blobs.sort()
             first = blobs[0][0]
-            header = logblob.read_header(await self._store.read(str(first), 0, logblob.HEADER_BYTES))
+            header = logblob.read_header(await _read(self._store, str(first), 0, logblob.HEADER_BYTES))
             if header is None:
                 continue
             if header.name != first or first.stripe != 0:
@@ -115,10 +128,27 @@ class LogReader:
 
         Raises:
             CorruptionError: the chain is broken, or the log ends before `stored_number`, or had another segment there.
+            TransientError: blobs went away while they were read, again and again.
         """
         self.tail = after or Tail()
-        runs = await self.runs()
+        for _ in range(LISTINGS):
+            try:
+                async for found in self._walk():
+                    if found.number == stored_number and stored_digest not in (None, found.table.digest):
+                        raise replaced(found)
+                    yield found
+            except _GoneError:
+                continue  # from where the walk is, over what is there now
+            break
+        else:
+            raise self._unsteady()
+        if self.tail.number < stored_number:
+            raise self._missing(f"segment {stored_number} was reported as stored")
+
+    async def _walk(self) -> AsyncIterator[Segment]:
+        runs = await self._list_runs()
         starts = [run.header.first_number for run in runs]
+        self.newest_first = starts[-1] if starts else 1
         for index, run in enumerate(runs):
             until = min(starts[index + 1 :], default=None)
             if until is not None and until <= self.tail.number + 1:
@@ -126,18 +156,9 @@ class LogReader:
             if starts[index] > self.tail.number + 1:
                 raise self._missing(f"the log's run {run.header.name} begins at segment {starts[index]}")
             async for found in self._run_segments(run, until):
-                if found.number == stored_number and stored_digest not in (None, found.table.digest):
-                    raise CorruptionError(
-                        f"segment {found.number} is not the one that was reported as stored",
-                        hint="an older state of the log was put back; recover to a point before it",
-                        number=found.number,
-                        blob=found.blob,
-                    )
                 yield found
             if until is not None and self.tail.number + 1 < until:
                 raise self._missing(f"a newer run says that segment {until - 1} was there")
-        if self.tail.number < stored_number:
-            raise self._missing(f"segment {stored_number} was reported as stored")
 
     async def read_chunk(self, found: Segment, index: int) -> bytes:
         """Fetch, decrypt, verify and decompress one chunk of a segment's run of frames."""
@@ -147,8 +168,15 @@ class LogReader:
 
     async def read_run(self, found: Segment) -> bytes:
         """A segment's whole run of frames, in one request, every chunk verified."""
-        header = found.table.header
-        sealed = memoryview(await self._store.read(found.blob, found.offset, header.table_offset))
+        return self.open_run(found, await self.read_sealed(found))
+
+    async def read_sealed(self, found: Segment) -> bytes:
+        """A segment's bytes before its table, as they are."""
+        return await self._store.read(found.blob, found.offset, found.table.header.table_offset)
+
+    def open_run(self, found: Segment, data: bytes) -> bytes:
+        """The run of frames in what `read_sealed` gave, every chunk verified; no I/O."""
+        header, sealed = found.table.header, memoryview(data)
         edges = [int(edge) for edge in found.table.chunk_offsets]
         key = self._key(header.key_id)
         chunks = range(header.chunk_count)
@@ -253,6 +281,13 @@ class LogReader:
                 key_id=key_id,
             ) from None
 
+    def _unsteady(self) -> TransientError:
+        return TransientError(
+            f"blobs of the log of machine {self._machine_id} come and go while it is read ({LISTINGS} tries)",
+            hint="process servers fight for this machine; try again when it is settled who serves it",
+            machine_id=str(self._machine_id),
+        )
+
     def _missing(self, why: str) -> CorruptionError:
         number = self.tail.number + 1
         if number == 1:
@@ -315,6 +350,29 @@ class _Stripe:
             wanted = min(max(length, WINDOW_BYTES), self._size - offset)
             if wanted < length:
                 raise CorruptionError(f"a segment of {self.name} reaches beyond the blob's end", blob=self.name)
-            self._window, self._window_offset = await self._store.read(self.name, offset, wanted), offset
+            self._window, self._window_offset = await _read(self._store, self.name, offset, wanted), offset
             start = 0
         return self._window[start : start + length]
+
+
+class _GoneError(Exception):
+    """A blob that was listed is not there any more: a signal within this module."""
+
+
+async def _read(store: PageBlobStore, name: str, offset: int, length: int) -> bytes:
+    try:
+        return await store.read(name, offset, length)
+    except PermanentError as error:
+        if is_missing(error):
+            raise _GoneError from error
+        raise
+
+
+def replaced(found: Segment) -> CorruptionError:
+    """The log holds another segment than the one that was stored there."""
+    return CorruptionError(
+        f"segment {found.number} is not the one that was reported as stored",
+        hint="an older state of the log was put back; recover to a point before it",
+        number=found.number,
+        blob=found.blob,
+    )

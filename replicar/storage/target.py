@@ -11,8 +11,10 @@ Settings that can't be honoured are refused with a `PermanentError` that says wh
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import ssl
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random, SystemRandom
@@ -184,11 +186,17 @@ def _is_loopback(host: str) -> bool:
 def _read_secret(path: Path, name: str) -> str:
     try:
         with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             data = file.read(MAX_CREDENTIAL_BYTES + 1)
     except OSError as error:
         raise PermanentError(
             f"storage: can't read {name} {path}: {error.strerror}", hint="check the path and whose file it is"
         ) from None
+    if mode & 0o077:
+        raise PermanentError(
+            f"storage: {name} {path} may be read by others (mode {mode:04o})",
+            hint=f"if nobody else has had it, run: chmod 600 {path}",
+        )
     if len(data) > MAX_CREDENTIAL_BYTES or not data.isascii():
         raise PermanentError(
             f"storage: {name} {path} holds no credential", hint="it must hold just the secret, as text"

@@ -92,6 +92,7 @@ async def store(target: StorageTarget) -> AsyncIterator[PageBlobStore]:
 @pytest.fixture
 def operator(cast: Cast, azurite: Azurite, container_name: str, tmp_path: Path) -> Operator:
     key_file = tmp_path / "account.key"
+    key_file.touch(mode=0o600)
     key_file.write_text(azurite.account_key)
     key_file.chmod(0o600)
     settings = tmp_path / "replicar.toml"

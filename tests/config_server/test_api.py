@@ -145,6 +145,58 @@ async def test_what_is_reported_is_what_the_operator_sees(cast: Cast) -> None:
     assert not (await cast.operator.machine("db1")).online
 
 
+async def test_bytes_are_counted_on_over_restarts_and_none_of_them_twice(cast: Cast) -> None:
+    await cast.protect()
+
+    async def counted(since: str, received: int, stored: int) -> tuple[int, int]:
+        await cast.report_stored(1, counted_since=since, bytes_received=received, bytes_stored=stored)
+        machine = await cast.operator.machine("db1")
+        return machine.bytes_received, machine.bytes_stored
+
+    assert await counted("one", 100, 40) == (100, 40)
+    assert await counted("one", 150, 60) == (150, 60)
+    assert await counted("one", 150, 60) == (150, 60), "a heartbeat sent again"
+    assert await counted("two", 0, 0) == (150, 60), "killed, and nothing came yet"
+    assert await counted("two", 30, 10) == (180, 70)
+    assert await counted("three", 500, 200) == (680, 270), "killed, and past its old count before it could say so"
+    assert await counted("three", 400, 150) == (680, 270), "a heartbeat that another one overtook"
+    assert await counted("three", 501, 200) == (681, 270)
+    # An older process server doesn't name its beginning; there, a lower number is one.
+    assert await counted("", 10, 10) == (691, 280)
+    assert await counted("", 15, 10) == (696, 280)
+    assert await counted("", 5, 5) == (701, 285)
+    assert await counted("four", 2**63 - 1, 2**63 - 1) == (2**63 - 1, 2**63 - 1)
+
+
+async def test_an_assignment_says_what_must_be_in_storage(cast: Cast, tmp_path: Path) -> None:
+    await cast.protect()
+
+    async def said(known: str = "", wait_seconds: float = 0) -> tuple[int | None, int, str]:
+        heartbeat = cast.house.server_heartbeat(known_version=known, wait_seconds=wait_seconds)
+        (assignment,) = (await cast.server.process_server_heartbeat(heartbeat)).assignments
+        return assignment.stored_segment, assignment.stored_sequence, assignment.stored_digest
+
+    assert await said() == (None, 0, "")
+    await cast.report_stored(70, stored_segment=9, stored_digest="ab" * 32)
+    assert await said() == (9, 70, "ab" * 32)
+    await cast.report_stored(60, stored_segment=8, stored_digest="cd" * 32)
+    await cast.report_stored(70, stored_segment=9, stored_digest="ef" * 32)
+    assert await said() == (9, 70, "ab" * 32), "neither cut short nor replaced"
+
+    # Progress is no news: a poll is held although the bound has risen since.
+    version = (await cast.server.process_server_heartbeat(cast.house.server_heartbeat())).version
+    await cast.report_stored(90, stored_segment=10, stored_digest="ab" * 32)
+    begun = time.monotonic()
+    assert await said(version, 0.5) == (10, 90, "ab" * 32)
+    assert time.monotonic() - begun >= 0.4
+
+    # Enrolled again, perhaps because its log was lost: what the older incarnation stored is no condition any more.
+    await cast.house.enrol(tmp_path / "again", "db1")
+    assert await said() == (None, 0, "")
+    await cast.report_stored((1 << 48) + 5, stored_segment=3, stored_digest="12" * 32)
+    assert await said() == (3, (1 << 48) + 5, "12" * 32)
+
+
 async def test_a_process_server_can_not_speak_for_a_machine_that_is_not_its_own(cast: Cast, tmp_path: Path) -> None:
     await cast.protect()
     stranger = await cast.house.enrol(tmp_path / "ps2", "ps2", Role.PROCESS_SERVER)

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import threading
 import uuid
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,23 @@ def test_a_registry_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(PermanentError, match="has schema 99"):
         Registry(tmp_path / "r.sqlite")
+
+
+def test_a_registry_of_the_first_version_is_taken_over_with_what_it_counted(tmp_path: Path) -> None:
+    opened = Registry(tmp_path / "r.sqlite")
+    party = opened.run(lambda c: parties.admit(c, Role.MACHINE, "db1", 1))
+    opened.run(lambda c: c.execute("UPDATE machines SET bytes_received = 700, bytes_stored = 300"))
+    for column in ("counted_since", "counted_received", "counted_stored"):
+        opened.connection.execute(f"ALTER TABLE machines DROP COLUMN {column}")
+    opened.connection.execute("PRAGMA user_version = 1")
+    opened.close()
+    for _ in range(2):
+        opened = Registry(tmp_path / "r.sqlite")
+        row = opened.run(lambda c: c.execute("SELECT * FROM machines").fetchone())
+        assert row["id"] == str(party.id)
+        assert (row["bytes_received"], row["counted_received"]) == (700, 700)
+        assert (row["bytes_stored"], row["counted_stored"], row["counted_since"]) == (300, 300, "")
+        opened.close()
 
 
 def test_a_file_that_is_no_registry_is_corruption_with_its_path(tmp_path: Path) -> None:
@@ -115,6 +133,22 @@ def test_the_catalogue_of_points_is_bounded_and_keeps_the_newest(
     assert truncated
     assert opened.run(lambda c: c.execute("SELECT count(*) FROM marks").fetchone()[0]) == 10
     assert [gap.first_sequence for gap in opened.run(lambda c: points.list_gaps(c, machine_id))] == [6, 7, 8, 9]
+    opened.close()
+
+
+def test_points_by_the_clock_do_not_drive_out_those_that_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(points, "MAX_SCHEDULED", 3)
+    opened = Registry(tmp_path / "r.sqlite")
+    machine_id = opened.run(lambda c: parties.admit(c, Role.MACHINE, "db1", 1)).id
+    asked = [MarkReport(name=f"m{at}", sequence=at, time_ns=at, command_id=f"c{at}") for at in (1, 5)]
+    timed = [MarkReport(name=f"auto-{at}", sequence=at, time_ns=at) for at in (2, 3, 4, 6, 7, 8)]
+    for marks in (asked, timed[:2], timed[2:]):
+        opened.run(partial(points.record_marks, machine_id=machine_id, marks=marks, stored_sequence=20))
+    listed, truncated = opened.run(lambda c: points.list_points(c, machine_id))
+    assert [point.name for point in listed] == ["auto-8", "auto-7", "auto-6", "m5", "m1"]
+    assert not truncated
     opened.close()
 
 

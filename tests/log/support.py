@@ -46,14 +46,27 @@ class Writer:
                 await self.store.put_pages(self.name(stripe), 0, header.pack())
         return self
 
-    def seal(self, *, machine: uuid.UUID = MACHINE, run: int | None = None, jump: int = 0, anew: bool = False) -> bytes:
-        """The next segment of this run: one frame of two writes (or a new beginning, after a jump)."""
+    def seal(
+        self,
+        *,
+        machine: uuid.UUID = MACHINE,
+        run: int | None = None,
+        jump: int = 0,
+        anew: bool = False,
+        payload_bytes: int = 512,
+    ) -> bytes:
+        """The next segment of this run: one frame of two writes (or a new beginning, after a jump).
+
+        Beyond 512 bytes the payload can't be compressed.
+        """
         self.sequence += jump
         first = frame.describe(Kind.WRITE, length=512, time_ns=self.sequence)
         if anew:
             first = frame.describe(Kind.GAP, length=8, time_ns=self.sequence, flags=Flag.GAP_BEGIN)
         table = first + frame.describe(Kind.WRITE, offset=512, length=512, time_ns=self.sequence)
-        raw = frame.build_frame(machine, self.sequence, table, hashlib.sha512(b"%d" % self.number).digest() * 8)
+        payload = hashlib.sha512(b"%d" % self.number).digest() * 8
+        payload += hashlib.shake_256(payload).digest(payload_bytes - len(payload))
+        raw = frame.build_frame(machine, self.sequence, table, payload)
         where = Position(machine, self.epoch, run or self.run, self.number, self.sequence, self.sequence + 1)
         salt = hashlib.sha256(repr(where).encode()).digest()
         chunks = segment.seal_chunks(memoryview(raw), where, self.key, salt, zstandard.ZstdCompressor(level=1))

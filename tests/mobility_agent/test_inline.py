@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mobility_agent.capture import nbd
+from mobility_agent.capture.disk import Disk
 from replicar.errors import PermanentError
 from simulator.nbd_client import NbdClient
 from tests.mobility_agent.core import MIB, agent_core, frames_of, gap_flags, replay
@@ -189,6 +190,13 @@ async def test_a_second_agent_on_the_same_socket_is_refused_by_name(tmp_path: Pa
                 type(core.capture)(second.ladder, {"root": core.socket}),
             ):
                 raise AssertionError("two servers on one socket")
+
+
+async def test_a_disk_that_another_agent_serves_is_refused(tmp_path: Path) -> None:
+    async with agent_core(tmp_path) as core:
+        with pytest.raises(PermanentError, match="in use by another process"):
+            Disk(0, "again", core.disk.path)
+    Disk(0, "free now", core.disk.path).close()
 
 
 async def test_a_socket_left_by_a_killed_agent_is_taken_over(tmp_path: Path) -> None:

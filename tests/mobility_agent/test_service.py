@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
@@ -47,6 +48,8 @@ class Site:
             "journal_bytes": 64 * MIB,
             "journal_file_bytes": 4 * MIB,
             "heartbeat_seconds": 0.3,
+            "audit_bytes_per_second": 0,  # what these stories count is what they wrote
+            "mark_every_seconds": 0,
         }
         return AgentSettings.model_validate(chosen | fields)
 
@@ -150,6 +153,28 @@ async def test_a_disk_is_replicated_while_it_is_written_and_the_operator_can_see
     assert status["disks"][0]["nbd"] == str(site.socket)
     async with site.house.operator() as operator:
         assert (await operator.machine("db1")).state == "stopped"
+
+
+async def test_audits_and_points_by_the_clock_are_made_unless_they_are_switched_off(site: Site) -> None:
+    await site.protect()
+    async with site.agent():
+        await site.until(lambda: site.status()["state"] == "protected")
+        await asyncio.sleep(1.2)
+        assert site.status()["audit"] is None
+    kinds = {kind for found in site.server.frames for *_, kind, _ in found.table.tolist()}
+    assert not kinds & {Kind.AUDIT, Kind.MARK}
+    async with site.agent(audit_bytes_per_second=32 * MIB, mark_every_seconds=1):
+        await site.until(lambda: (site.status().get("audit") or {}).get("last_ended_ns") is not None)
+        await site.until(lambda: len(site.marks()) >= 2)
+        await asyncio.sleep(0.7)  # two heartbeats
+        async with site.house.operator() as operator:
+            machine, points = await operator.machine("db1"), (await operator.points("db1")).points
+    assert machine.audit is not None
+    assert machine.audit.bytes_per_second == 32 * MIB
+    assert machine.audit.last_ended_ns is not None
+    assert machine.audit.total_bytes == DISK_BYTES
+    assert len(points) >= 2
+    assert all(re.fullmatch(r"auto-\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", point.name) for point in points)
 
 
 async def test_a_mark_asked_for_is_in_the_stream_and_becomes_stored(site: Site) -> None:

@@ -39,6 +39,17 @@ def test_a_file_with_directory_and_one_disk_is_enough(tmp_path: Path) -> None:
     assert settings.journal_bytes == 4 << 30
 
 
+def test_the_disks_are_audited_gently_and_points_named_unless_the_operator_says_otherwise(tmp_path: Path) -> None:
+    settings = load_settings(written(tmp_path, f'directory = "/s"\n{DISK}'))
+    assert (settings.audit_bytes_per_second, settings.mark_every_seconds) == (4 << 20, 300)
+    text = f'directory = "/s"\naudit_bytes_per_second = 0\nmark_every_seconds = 0\n{DISK}'
+    settings = load_settings(written(tmp_path, text))
+    assert (settings.audit_bytes_per_second, settings.mark_every_seconds) == (0, 0)
+    text = f'directory = "/s"\naudit_bytes_per_second = "20 MiB"\nmark_every_seconds = 60\n{DISK}'
+    settings = load_settings(written(tmp_path, text))
+    assert (settings.audit_bytes_per_second, settings.mark_every_seconds) == (20 << 20, 60)
+
+
 def test_sizes_may_be_written_for_people(tmp_path: Path) -> None:
     text = f'directory = "/s"\njournal_bytes = "2 GiB"\njournal_file_bytes = 33554432\n{DISK}'
     settings = load_settings(written(tmp_path, text))
@@ -68,6 +79,10 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
         (f'directory = "/s"\njournal_file_bytes = 4096\n{DISK}', "journal_file_bytes: "),
         (f'directory = "/s"\nseal_delay_seconds = -1\n{DISK}', "seal_delay_seconds: "),
         (f'directory = "/s"\nheartbeat_seconds = 3600\n{DISK}', "heartbeat_seconds: "),
+        (f'directory = "/s"\naudit_bytes_per_second = -1\n{DISK}', "audit_bytes_per_second: "),
+        (f'directory = "/s"\nmark_every_seconds = -1\n{DISK}', "mark_every_seconds: "),
+        (f'directory = "/s"\nmark_every_seconds = 0.5\n{DISK}', "mark_every_seconds: "),
+        (f'directory = "/s"\nmark_every_seconds = 86401\n{DISK}', "mark_every_seconds: "),
         (f'directory = "/s"\n{DISK}{DISK}', "two disks have the name root"),
         (f'directory = "/s"\n{DISK}{SAME_DISK}', "two disks have the path "),
         (

@@ -165,6 +165,22 @@ def test_a_new_incarnation_is_taken_up_behind_the_old_one(path: Path) -> None:
     cache.close()
 
 
+def test_numbers_left_out_are_followed_behind_a_sound_frame_and_not_behind_what_may_be_lost(path: Path) -> None:
+    cache, later = CacheFile.open(path, MIN_SLOTS * SLOT_BYTES), (1 << 32) + 1
+    data = frames(1, 4)
+    put(cache, 0, 1, 1, [*data, opening_frame(MACHINE, later), *frames(later + 2, 1)])
+    assert taken(cache) == [(0, [1, 2, 3, 4, later, later + 2])]
+    # The same in two slots, and the end of the first is damaged: 4 must not be passed over as if it were stored.
+    put(cache, 0, 1, 1, data)
+    put(cache, 1, 2, later, [opening_frame(MACHINE, later), *frames(later + 2, 1)])
+    with path.open("r+b") as file:
+        file.seek(PAGE_BYTES + 3 * len(data[0]) + 200)
+        file.write(b"damage")
+    assert taken(cache) == [(0, [1, 2, 3])]
+    assert taken(cache, 3) == []
+    cache.close()
+
+
 def test_a_damaged_header_page_is_no_slot_and_a_later_version_is_refused() -> None:
     page = bytearray(SlotHeader(MACHINE, 1, 1).pack())
     assert read_header(bytes(page)) == SlotHeader(MACHINE, 1, 1)

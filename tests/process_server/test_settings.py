@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from process_server import assignments
 from process_server.cli import app
-from process_server.health import load_status, stored_numbers
+from process_server.health import load_status, stored_before
 from process_server.settings import Settings, load_settings
 from replicar.control.keys import key_number
 from replicar.control.messages import ProcessServerAssignment, ProcessServerInstructions
 from replicar.errors import CorruptionError, PermanentError
+from replicar.log.tail import Stored
 
 STORAGE = (
     '[storage]\nendpoint = "https://a.blob.example.org"\naccount_name = "a"\naccount_key = "QUJD"\ncontainer = "c-1"\n'
@@ -136,9 +137,10 @@ def test_a_keys_number_is_the_upper_half_of_its_uuid_or_itself() -> None:
 def test_a_status_that_is_missing_is_an_error_for_people_and_none_for_the_server(tmp_path: Path) -> None:
     with pytest.raises(PermanentError, match="can't read the status"):
         load_status(tmp_path)
-    assert stored_numbers(tmp_path) == {}
+    assert stored_before(tmp_path) == {}
     machine = {"machine_id": str(uuid.UUID(int=3)), "incarnation": 1, "stored_segment": 12}
+    machine |= {"stored_sequence": 70, "stored_digest": "ab" * 32}
     (tmp_path / "status.json").write_text(json.dumps({"machines": [machine]}))
-    assert stored_numbers(tmp_path) == {(uuid.UUID(int=3), 1): 12}
+    assert stored_before(tmp_path) == {(uuid.UUID(int=3), 1): Stored(12, 70, b"\xab" * 32)}
     (tmp_path / "status.json").write_text("[]")
-    assert stored_numbers(tmp_path) == {}
+    assert stored_before(tmp_path) == {}

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from process_server.machine import MachineState
+from process_server.cache import SLOT_BYTES
+from process_server.machine import MachineState, Tuning
+from process_server.stream import AHEAD_SEGMENTS
 from replicar.control.identity import Role
 from replicar.errors import FencedError, PermanentError
 from replicar.storage.memory import MemoryStore
 from replicar.storage.store import BlobInfo, Pages
+from tests.process_server.sender import Agent
 from tests.process_server.stores import GatedStore
-from tests.process_server.support import Site, memory_store, running, stored_frames
+from tests.process_server.support import SMALL_BLOBS, Site, memory_store, running, stored_frames
 
 STORY_SECONDS = 30
 
@@ -47,6 +50,49 @@ async def test_a_full_cache_stops_the_agent_and_lets_it_go_on_and_loses_nothing(
         await sending
         assert machine.counters.resends == 0
     assert agent.connections == 1
+    assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything
+
+
+def _busy(agent: Agent) -> asyncio.Task[None]:
+    """The agent sends far more than may be under way; storage was shut before."""
+    return asyncio.create_task(agent.run(until_stored=agent.fill(44, size=1 << 20)))
+
+
+async def test_receiving_waits_for_storing_to_catch_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("process_server.receiver.PATIENCE_SECONDS", 1000.0)
+    store, tuning = GatedStore(), Tuning(uploads=1, log=SMALL_BLOBS)
+    async with asyncio.timeout(STORY_SECONDS), running(site, store, tuning=tuning) as server:
+        agent = site.agent(server.port)
+        agent.begin()
+        await agent.run(until_stored=1)
+        store.gate.clear()
+        sending = _busy(agent)
+        counters, held = server.machine(agent.machine_id).counters, -1
+        while counters.bytes_received < SLOT_BYTES or counters.bytes_received != held:
+            held = counters.bytes_received
+            await asyncio.sleep(0.5)
+        # Those that wait, and the one that was being filled when it was seen that they are enough.
+        assert held <= (tuning.cutting().in_flight + AHEAD_SEGMENTS + 1) * SLOT_BYTES < len(agent.everything)
+        assert server.slots.free_bytes > 0
+        store.gate.set()
+        await sending
+    assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything
+
+
+async def test_receiving_goes_on_without_storage_that_stands_still(site: Site) -> None:
+    store, tuning = GatedStore(), Tuning(uploads=1, log=SMALL_BLOBS)
+    async with asyncio.timeout(STORY_SECONDS), running(site, store, tuning=tuning) as server:
+        agent = site.agent(server.port)
+        agent.begin()
+        await agent.run(until_stored=1)
+        store.gate.clear()
+        sending = _busy(agent)
+        while agent.received < agent.next_sequence - 1:
+            await asyncio.sleep(0.01)
+        assert agent.stored < agent.received
+        store.gate.set()
+        await sending
+    assert agent.connections == 2
     assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything
 
 

@@ -157,6 +157,21 @@ def test_when_storage_is_the_bottleneck_segments_grow() -> None:
     assert [each.frames for each in stream.tick(99.0)] == [40]
 
 
+def test_a_stream_is_ahead_when_two_full_segments_wait_behind_those_under_way() -> None:
+    stream = Stream(MACHINE, 0, CUTTING)
+    feeder = Feeder(stream)
+    given: list[Segment] = []
+    while not stream.is_ahead:
+        assert len(feeder.slots) <= CUTTING.in_flight + 3
+        feeder.frame(1 << 20, 256, 1.0)
+        given += stream.tick(1.0)
+    assert len(given) == CUTTING.in_flight
+    stream.stored(given[1])
+    assert stream.is_ahead, "what is stored out of order keeps its place"
+    stream.stored(given[0])
+    assert not stream.is_ahead
+
+
 def test_a_segment_never_spans_a_jump() -> None:
     stream = Stream(MACHINE, 0, CUTTING)
     feeder = Feeder(stream)

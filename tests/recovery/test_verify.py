@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from recovery.points import Latest, Named, locate
+from recovery.index import Audited
+from recovery.points import AtSequence, Latest, Named, locate
 from recovery.verify import Report, verify
 from recovery.view import View
 from replicar.errors import CorruptionError, PermanentError
@@ -197,7 +198,42 @@ async def test_an_audit_that_recovery_would_not_match_is_a_problem(builder: LogB
     builder.audit(0, 0, DISK, digest=bytes(16))
     await builder.seal()
     report = await checked(builder)
-    assert f"0 of disk 0 ({DISK} bytes) than recovery gives" in texts(report)
+    assert f"at sequence 5 the source held other bytes at 0 of disk disk0 ({DISK} bytes)" in texts(report)
+
+
+async def test_an_audit_that_fails_does_not_keep_the_others_from_being_compared(builder: LogBuilder) -> None:
+    builder.begin(DISK)
+    await builder.seal()
+    builder.audit(0, 0, SECTOR, digest=bytes(16))
+    builder.write(0, 0, b"1" * SECTOR)
+    builder.audit(0, 0, DISK)
+    builder.audit(0, SECTOR, SECTOR, digest=bytes(16))
+    await builder.seal()
+    report = await checked(builder)
+    assert (report.audits, report.audits_failed, report.audits_skipped, report.problem_count) == (3, 2, 0, 2)
+    assert "at 0 of disk disk0" in texts(report)
+    assert f"at {SECTOR} of disk disk0" in texts(report)
+
+
+async def test_a_state_says_how_much_of_it_was_audited_and_when(builder: LogBuilder) -> None:
+    builder.begin(DISK)
+    before = builder.sequence - 1
+    await builder.seal()
+    first = builder.audit(0, 0, 3 * SECTOR)
+    second = builder.audit(0, SECTOR, SECTOR)
+    await builder.seal()
+    state = await locate(builder.log, AtSequence(before))
+    assert state.audited == {0: Audited()}
+    times = {}
+    for sequence in (first, second):
+        state = await locate(builder.log, AtSequence(sequence))
+        times[sequence] = state.place.time_ns
+        assert state.audited == {0: Audited(3 * SECTOR, times[first])}
+    builder.audit(0, 0, DISK)
+    await builder.seal()
+    state = await locate(builder.log, Latest())
+    assert state.audited == {0: Audited(DISK, state.place.time_ns)}
+    assert times[first] < times[second] < state.place.time_ns
 
 
 async def test_audits_inside_a_gap_are_not_compared(builder: LogBuilder) -> None:

@@ -39,6 +39,7 @@ async def store(request: pytest.FixtureRequest, container_name: str, tmp_path: P
             made = bare_store(place, container_name)
         else:
             key_file = tmp_path / "account.key"
+            key_file.touch(mode=0o600)
             key_file.write_text(place.account_key + "\n")
             made = open_store(
                 StorageTarget(

@@ -22,6 +22,7 @@ NAMED: dict[str, Any] = {"endpoint": ENDPOINT, "account_name": "name", "containe
 
 def test_an_account_key_may_come_from_the_settings_or_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
+    file.touch(mode=0o600)
     file.write_text(KEY + "\n")
     for target in (StorageTarget(**NAMED, account_key=SecretStr(KEY)), StorageTarget(**NAMED, account_key_file=file)):
         access = target.access()
@@ -29,8 +30,19 @@ def test_an_account_key_may_come_from_the_settings_or_from_a_file(tmp_path: Path
         assert (access.url, tuple(access.credential.named_key)) == (ENDPOINT, ("name", KEY))
 
 
+def test_a_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.touch(mode=0o600)
+    file.write_text(KEY)
+    file.chmod(0o644)
+    with pytest.raises(PermanentError, match="may be read by others") as caught:
+        StorageTarget(**NAMED, account_key_file=file).access()
+    assert KEY not in str(caught.value)
+
+
 def test_a_signature_needs_no_account_name_and_loses_its_question_mark(tmp_path: Path) -> None:
     file = tmp_path / "sas"
+    file.touch(mode=0o600)
     file.write_text("?" + SAS)
     access = StorageTarget(endpoint=ENDPOINT + "/", container="log", shared_access_signature_file=file).access()
     assert isinstance(access.credential, AzureSasCredential)
