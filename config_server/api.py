@@ -22,10 +22,12 @@ from config_server.bells import Bells
 from config_server.enrolment import AttemptLimit
 from config_server.parties import Party
 from config_server.registry import RegistryThread
+from config_server.troubles import Troubles
 from config_server.vault import Vault
 from replicar.clock import Clock
 from replicar.control.identity import Role
-from replicar.control.messages import API_PREFIX, MAX_REQUEST_BYTES, Message
+from replicar.control.message import Message
+from replicar.control.messages import API_PREFIX, MAX_REQUEST_BYTES
 from replicar.errors import (
     ConflictError,
     CorruptionError,
@@ -57,6 +59,7 @@ class Context:
     clock: Clock
     heartbeat_seconds: float
     attempts: AttemptLimit = field(default_factory=AttemptLimit)
+    troubles: Troubles = field(default_factory=Troubles)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from config_server.vault import (
 from replicar.clock import SystemClock
 from replicar.control.identity import Role
 from replicar.control.messages import DEFAULT_PORT
+from replicar.control.transport import parse_address
 from replicar.errors import PermanentError, ReplicarError
 
 app = typer.Typer(
@@ -67,11 +68,21 @@ def init(
         typer.Option(help="host:port where the other parts reach it.  [default: this host's name]", show_default=False),
     ] = None,
     listen: Annotated[str, typer.Option(help="The local address to listen on.")] = "0.0.0.0",  # noqa: S104
-    port: Annotated[int, typer.Option(help="The port to listen on.", min=1, max=65535)] = DEFAULT_PORT,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help=f"The port to listen on.  [default: the port of --address, or {DEFAULT_PORT}]",
+            min=1,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a vault: its authority, keys, registry, passphrase, a registration key and an operator's identity."""
     place = (directory or load_settings().directory).absolute()
+    if port is None:
+        port = parse_address(address)[1] if address else DEFAULT_PORT
     address = address or f"{socket.getfqdn()}:{port}"
     made = foundation.found_vault(place, vault, address=address, listen=listen, port=port, clock=SystemClock())
     _tell(
@@ -89,7 +100,7 @@ def init(
         f"  passphrase             {place / PASSPHRASE_FILE} (for enrolling machines and process servers)\n"
         f"  registration key       {place / REGISTRATION_FILE} (for enrolling process servers, five days)\n"
         f"  operator's identity    {place / OPERATOR_DIRECTORY} (for the `replicar` command)\n"
-        f"Parts will reach it at {address}.\n"
+        f"Parts will reach it at {address}; it will listen on {listen}:{port}.\n"
         f"Next: config-server run --directory {place}",
     )
 

@@ -32,7 +32,7 @@ from replicar.clock import Clock
 from replicar.control.enrolment import RegistrationKey
 from replicar.control.files import PUBLIC_MODE, make_directory, sync_directory, write_file
 from replicar.control.identity import Identity, Role, new_key, signing_request
-from replicar.control.messages import NAME_PATTERN
+from replicar.control.message import NAME_PATTERN
 from replicar.control.proofs import registration_digest
 from replicar.control.transport import parse_address
 from replicar.errors import PermanentError

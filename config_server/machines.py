@@ -44,9 +44,11 @@ FIRST_EPOCH: Final = 1
 _MAX_COUNT: Final = 2**63 - 1
 
 MACHINES: Final = (
-    "SELECT machines.*, parties.name, parties.incarnation, parties.removed_ns, servers.name AS server_name"
+    "SELECT machines.*, parties.name, parties.incarnation, parties.removed_ns, servers.name AS server_name,"
+    " process_servers.heartbeat_ns AS server_heartbeat_ns"
     " FROM machines JOIN parties ON parties.id = machines.id"
     " LEFT JOIN parties AS servers ON servers.id = machines.process_server_id"
+    " LEFT JOIN process_servers ON process_servers.id = machines.process_server_id"
 )
 
 

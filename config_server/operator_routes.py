@@ -34,8 +34,8 @@ async def get_status(context: Context, call: Call) -> VaultStatus:
             software=software(),
             time_ns=now_ns,
             authority_expires_ns=context.vault.authority.expires_ns,
-            machines=overview.summaries(connection, now_ns),
-            process_servers=overview.process_servers(connection, now_ns),
+            machines=overview.summaries(connection, now_ns, context.troubles),
+            process_servers=overview.process_servers(connection, now_ns, context.troubles),
         )
 
     return await context.registry.run(read)
@@ -43,12 +43,15 @@ async def get_status(context: Context, call: Call) -> VaultStatus:
 
 async def get_machines(context: Context, call: Call) -> MachineList:
     now_ns = context.clock.now_ns()
-    return MachineList(machines=await context.registry.run(lambda c: overview.summaries(c, now_ns)))
+    found = await context.registry.run(lambda c: overview.summaries(c, now_ns, context.troubles))
+    return MachineList(machines=found)
 
 
 async def get_machine(context: Context, call: Call) -> MachineSummary:
     name, now_ns = call.names["name"], context.clock.now_ns()
-    return await context.registry.run(lambda c: overview.summary(c, parties.machine_named(c, name).id, now_ns))
+    return await context.registry.run(
+        lambda c: overview.summary(c, parties.machine_named(c, name).id, now_ns, context.troubles)
+    )
 
 
 async def post_protect(context: Context, call: Call) -> MachineSummary:
@@ -58,7 +61,7 @@ async def post_protect(context: Context, call: Call) -> MachineSummary:
         machine = parties.machine_named(connection, name)
         server_id = machines.protect(connection, context.vault, machine, now_ns)
         parties.audit(connection, call.asking().id, "protect", f"machine {name}", now_ns)
-        return server_id, overview.summary(connection, machine.id, now_ns)
+        return server_id, overview.summary(connection, machine.id, now_ns, context.troubles)
 
     server_id, summary = await context.registry.run(change)
     # the process server first: an agent that comes before its process server knows of it is only sent away again
@@ -75,7 +78,7 @@ async def post_remove(context: Context, call: Call) -> MachineSummary:
         server_id = machines.server_of(connection, machine.id)
         machines.remove(connection, machine, now_ns)
         parties.audit(connection, call.asking().id, "remove", f"machine {name}", now_ns)
-        return server_id, overview.summary(connection, machine.id, now_ns)
+        return server_id, overview.summary(connection, machine.id, now_ns, context.troubles)
 
     server_id, summary = await context.registry.run(change)
     if server_id is not None:
@@ -85,15 +88,19 @@ async def post_remove(context: Context, call: Call) -> MachineSummary:
 
 
 async def get_points(context: Context, call: Call) -> PointList:
-    name = call.names["name"]
-    return await context.registry.run(lambda c: overview.machine_points(c, parties.machine_named(c, name)))
+    name, now_ns = call.names["name"], context.clock.now_ns()
+    return await context.registry.run(
+        lambda c: overview.machine_points(c, parties.machine_named(c, name), now_ns, context.troubles)
+    )
 
 
 async def get_key(context: Context, call: Call) -> MachineKey:
     name, now_ns = call.names["name"], context.clock.now_ns()
 
     def reveal(connection: sqlite3.Connection) -> MachineKey:
-        key = machines.machine_key(connection, context.vault, parties.machine_named(connection, name))
+        machine = parties.machine_named(connection, name)
+        key = machines.machine_key(connection, context.vault, machine)
+        key = key.model_copy(update={"quiet": overview.quiet(connection, machine)})
         parties.audit(connection, call.asking().id, "key", f"machine {name}", now_ns)
         return key
 

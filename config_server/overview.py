@@ -9,39 +9,62 @@ from typing import Final
 from config_server import points
 from config_server.machines import LIVE_SECONDS, MACHINES, machine_row
 from config_server.parties import Party
-from replicar.control.messages import AgentHeartbeat, MachineSummary, PointList, ProcessServerSummary
+from config_server.troubles import Troubles
+from replicar.control.identity import INCARNATION_SHIFT
+from replicar.control.message import ErrorReport
+from replicar.control.messages import (
+    AgentHeartbeat,
+    MachineState,
+    MachineSummary,
+    PointList,
+    ProcessServerSummary,
+)
 
 #: The state of a machine whose agent has not reported yet, and of one that was removed.
 ENROLLED: Final = "enrolled"
 REMOVED: Final = "removed"
 
 
-def machine_points(connection: sqlite3.Connection, machine: Party) -> PointList:
-    """The machine's named points, its ordered window and its gaps."""
+def machine_points(connection: sqlite3.Connection, machine: Party, now_ns: int, troubles: Troubles) -> PointList:
+    """The machine's named points, its ordered window as far as storage has it, and its gaps."""
     row = machine_row(connection, machine.id)
-    found, truncated = points.list_points(connection, machine.id)
+    found, truncated = points.list_points(connection, machine.id, row["incarnation"])
+    ordered_from, ordered_until_ns = points.stored_window(_report(row), row["incarnation"], _stored(row))
     return PointList(
         machine_id=machine.id,
         name=machine.name,
         points=found,
-        ordered_from=_report(row).ordered_from,
+        ordered_from=ordered_from,
+        ordered_until_ns=ordered_until_ns,
         stored_sequence=_stored(row),
         gaps=points.list_gaps(connection, machine.id),
         truncated=truncated,
+        errors=_errors(row, now_ns, troubles),
     )
 
 
-def summary(connection: sqlite3.Connection, machine_id: uuid.UUID, now_ns: int) -> MachineSummary:
-    return _summary(machine_row(connection, machine_id), now_ns)
+def quiet(connection: sqlite3.Connection, machine: Party) -> tuple[int, int] | None:
+    """A sequence, and an instant up to which the machine captured nothing behind it; None while that is not known."""
+    row = machine_row(connection, machine.id)
+    report = _report(row)
+    if report.stored_until_ns is None or report.stored_sequence >> INCARNATION_SHIFT != row["incarnation"]:
+        return None
+    return report.stored_sequence, report.stored_until_ns
 
 
-def summaries(connection: sqlite3.Connection, now_ns: int) -> tuple[MachineSummary, ...]:
+def summary(connection: sqlite3.Connection, machine_id: uuid.UUID, now_ns: int, troubles: Troubles) -> MachineSummary:
+    return _summary(machine_row(connection, machine_id), now_ns, troubles)
+
+
+def summaries(connection: sqlite3.Connection, now_ns: int, troubles: Troubles) -> tuple[MachineSummary, ...]:
     """All machines that were not removed, by name."""
     rows = connection.execute(f"{MACHINES} WHERE parties.removed_ns IS NULL ORDER BY parties.name").fetchall()
-    return tuple(_summary(row, now_ns) for row in rows)
+    return tuple(_summary(row, now_ns, troubles) for row in rows)
 
 
-def process_servers(connection: sqlite3.Connection, now_ns: int) -> tuple[ProcessServerSummary, ...]:
+def process_servers(
+    connection: sqlite3.Connection, now_ns: int, troubles: Troubles
+) -> tuple[ProcessServerSummary, ...]:
     """All process servers that were not removed, by name; those that never reported have no address yet."""
     rows = connection.execute(
         "SELECT parties.id, parties.name, host, port, cache_bytes, cache_bytes_free, heartbeat_ns,"
@@ -60,13 +83,14 @@ def process_servers(connection: sqlite3.Connection, now_ns: int) -> tuple[Proces
             cache_bytes=row["cache_bytes"] or 0,
             cache_bytes_free=row["cache_bytes_free"] or 0,
             machines=row["machines"],
+            errors=troubles.of_server(uuid.UUID(row["id"])) if _is_live(row["heartbeat_ns"], now_ns) else (),
         )
         for row in rows
     )
 
 
-def _summary(row: sqlite3.Row, now_ns: int) -> MachineSummary:
-    report = _report(row)
+def _summary(row: sqlite3.Row, now_ns: int, troubles: Troubles) -> MachineSummary:
+    report, errors = _report(row), _errors(row, now_ns, troubles)
     return MachineSummary(
         id=uuid.UUID(row["id"]),
         name=row["name"],
@@ -91,6 +115,39 @@ def _summary(row: sqlite3.Row, now_ns: int) -> MachineSummary:
         disks=report.disks,
         audit=report.audit,
         capture=report.capture,
+        storing=not errors,
+        errors=errors,
+    )
+
+
+def _errors(row: sqlite3.Row, now_ns: int, troubles: Troubles) -> tuple[ErrorReport, ...]:
+    """What is in the way of storing what a protected machine captures, as far as anybody says it.
+
+    Who is away is an error itself, and what it said before does not count any more.
+    """
+    if row["process_server_id"] is None or row["removed_ns"] is not None:
+        return ()
+    found: list[ErrorReport] = []
+    report, server = _report(row), f"process server {row['server_name']}"
+    if not _is_live(row["server_heartbeat_ns"], now_ns):
+        found.append(_silent(server, row["server_heartbeat_ns"], now_ns, "`process-server run`"))
+    else:
+        said = troubles.of_machine(uuid.UUID(row["process_server_id"]), uuid.UUID(row["id"]))
+        found += [error.model_copy(update={"part": server}) for error in said]
+    if _is_live(row["heartbeat_ns"], now_ns):
+        found += [error.model_copy(update={"part": "agent"}) for error in report.errors]
+    elif row["heartbeat_ns"] is not None and report.state != MachineState.STOPPED:  # who said goodbye is not missing
+        found.append(_silent("agent", row["heartbeat_ns"], now_ns, "`mobility-agent run`"))
+    return tuple(found)
+
+
+def _silent(part: str, heartbeat_ns: int | None, now_ns: int, command: str) -> ErrorReport:
+    for_seconds = f"for {(now_ns - heartbeat_ns) // 10**9} s" if heartbeat_ns is not None else "yet"
+    return ErrorReport(
+        part=part,
+        error="TransientError",
+        message=f"the {part} was not heard of {for_seconds}",
+        hint=f"see whether {command} is up there, and reaches this config server",
     )
 
 

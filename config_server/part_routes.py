@@ -77,6 +77,7 @@ async def post_process_server_heartbeat(context: Context, call: Call) -> Process
     reported, moved = await context.registry.run(
         lambda connection: machines.record_process_server(connection, server.id, heartbeat, now_ns)
     )
+    context.troubles.record(server.id, heartbeat)
     for machine_id in reported:
         context.bells.ring(Topic.PROGRESS, machine_id)
     if moved:

@@ -6,6 +6,10 @@ step, so everything here may be said again without harm.
 A mark is *stored* when its incarnation's stored sequence has passed it. The incarnation matters: sequences of a machine
 that was enrolled again are all higher, and must not make marks look stored that were lost with the old change log.
 
+Nor do they say that the log of the earlier incarnation is still there: somebody may have enrolled the machine again
+because its container was lost. So marks of an earlier incarnation are listed as `earlier`, and the ordered window is
+that of the present incarnation, once storage has gone past the end of the gap it begins with.
+
 A mark that lies in a gap is kept, so that its command is answered, but never listed: it is no state to go back to.
 
 Weak: once a machine has more than `MAX_MARKS` marks, or more than `MAX_SCHEDULED` that nobody asked for, the oldest
@@ -20,7 +24,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from replicar.control.identity import INCARNATION_SHIFT
-from replicar.control.messages import Command, CommandRefusal, GapReport, MarkReport, MarkRequest, Point
+from replicar.control.messages import AgentHeartbeat, Command, CommandRefusal, GapReport, MarkReport, MarkRequest, Point
 from replicar.errors import ConflictError, LimitError, PermanentError
 from replicar.formats.record import Consistency
 
@@ -105,13 +109,27 @@ def refusal(connection: sqlite3.Connection, command_id: str) -> CommandRefusal |
     return CommandRefusal.model_validate_json(row["refusal"])
 
 
-def list_points(connection: sqlite3.Connection, machine_id: uuid.UUID) -> tuple[tuple[Point, ...], bool]:
-    """Named points, newest first, and whether older ones were left out."""
+def list_points(
+    connection: sqlite3.Connection, machine_id: uuid.UUID, incarnation: int
+) -> tuple[tuple[Point, ...], bool]:
+    """Named points, newest first, and whether older ones were left out; `incarnation` is the present one."""
     rows = connection.execute(
         "SELECT * FROM marks WHERE machine_id = ? AND in_gap = 0 ORDER BY sequence DESC, name LIMIT ?",
         (str(machine_id), MAX_POINTS_LISTED + 1),
     ).fetchall()
-    return tuple(_point(row) for row in rows[:MAX_POINTS_LISTED]), len(rows) > MAX_POINTS_LISTED
+    return tuple(_point(row, incarnation) for row in rows[:MAX_POINTS_LISTED]), len(rows) > MAX_POINTS_LISTED
+
+
+def stored_window(
+    report: AgentHeartbeat, incarnation: int, stored_sequence: int
+) -> tuple[tuple[int, int] | None, int | None]:
+    """From where (sequence, time_ns) and until when every instant can be recovered from storage; None for nowhere."""
+    begin = report.ordered_from
+    if begin is None or begin[0] > stored_sequence:
+        return None, None
+    if {begin[0] >> INCARNATION_SHIFT, stored_sequence >> INCARNATION_SHIFT} != {incarnation}:
+        return None, None
+    return begin, max(begin[1], report.stored_until_ns or 0)
 
 
 def list_gaps(connection: sqlite3.Connection, machine_id: uuid.UUID) -> tuple[GapReport, ...]:
@@ -201,12 +219,13 @@ def _trim(
     )
 
 
-def _point(row: sqlite3.Row) -> Point:
+def _point(row: sqlite3.Row, incarnation: int = 0) -> Point:
     return Point(
         name=row["name"],
         kind=Consistency(row["kind"]),
         sequence=row["sequence"],
         time_ns=row["time_ns"],
         stored=bool(row["stored"]),
+        earlier=row["sequence"] >> INCARNATION_SHIFT < incarnation,
         command_id=row["command_id"],
     )

@@ -25,6 +25,7 @@ from mobility_agent.sender import Sender, SenderState
 from mobility_agent.state import StateDirectory
 from replicar.clock import Clock
 from replicar.control.client import ControlClient
+from replicar.control.message import ErrorReport
 from replicar.control.messages import (
     MAX_WAIT_SECONDS,
     AgentHeartbeat,
@@ -179,10 +180,24 @@ class Control:
             gaps=self._gaps.reports(),
             refusals=self._marks.refusals(),
             ordered_from=self._gaps.ordered_from,
+            stored_until_ns=self._stored_until_ns(),
+            errors=() if sender.error is None else (ErrorReport.of("sender", sender.error.as_dict()),),
             audit=self.audit,
             capture=self._traced.summary()[:512] if self._traced is not None else "",
             wait_seconds=wait_seconds,
         )
+
+    def _stored_until_ns(self) -> int | None:
+        """The last instant of which is known that all changes up to it are stored; None while some are not captured.
+
+        The log's clock is asked, which never goes back: what is captured from here on is not before its `now`.
+        """
+        log = self._ladder.log
+        if self._ladder.in_gap:
+            return None
+        now_ns = log.now_ns()
+        oldest_ns = now_ns if log.next_sequence <= log.stored_sequence + 1 else log.oldest_unstored_time_ns()
+        return max(oldest_ns - 1, 0) if oldest_ns is not None else None
 
     def _disks(self) -> tuple[DiskReport, ...]:
         return tuple(

@@ -17,7 +17,15 @@ from process_server.machine import MachineState
 from replicar.clock import Clock
 from replicar.control.client import ControlClient
 from replicar.control.identity import Identity
-from replicar.control.messages import MachineProgress, ProcessServerAssignment, ProcessServerHeartbeat
+from replicar.control.message import ErrorReport
+from replicar.control.messages import (
+    MAX_ERRORS,
+    MAX_TROUBLED_MACHINES,
+    MachineProgress,
+    MachineTrouble,
+    ProcessServerAssignment,
+    ProcessServerHeartbeat,
+)
 from replicar.errors import ReplicarError
 
 RETRY_SECONDS: Final = 1.0
@@ -98,5 +106,11 @@ def _heartbeat(health: ServerHealth, wait_seconds: float) -> ProcessServerHeartb
             for machine in health.machines
             if machine.state not in _WITHOUT_PROGRESS
         ),
+        errors=tuple(ErrorReport.of(part, error) for part, error in health.errors.items())[:MAX_ERRORS],
+        troubles=tuple(
+            MachineTrouble(machine_id=each.machine_id, state=each.state, error=ErrorReport.of("", each.error))
+            for each in health.machines
+            if each.error is not None
+        )[:MAX_TROUBLED_MACHINES],
         wait_seconds=wait_seconds,
     )

@@ -90,6 +90,7 @@ class History:
         self.marks: list[NamedPoint] = []
         self.gaps: list[GapSpan] = []
         self.settled: Settled | None = None
+        self.quiet_until_ns = 0  # nothing was captured behind `last` up to then; 0 when nobody says so
         self._listed: set[int] | None = None  # disks named since the stream began anew, until its GAP_BEGIN
 
     @property

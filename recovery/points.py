@@ -5,8 +5,8 @@ Only when a request is refused is the rest of the log read, to say what could ha
 
 - `Named`: the state after everything before the MARK of that name. Agents give a name once; should a machine that was
   enrolled again have used it a second time, the first one is meant, and the other is reached by its sequence.
-- `Instant`: after the last change at or before that time. The log must go on behind it: what lies past its end may
-  just not be stored yet.
+- `Instant`: after the last change at or before that time. The log must go on behind it, or the machine must have said
+  that it captured nothing more until then: otherwise what lies past the log's end may just not be stored yet.
 - `AtSequence`: after the change of that number.
 - `Latest`: the last state in the log that lies in no gap.
 """
@@ -84,7 +84,7 @@ class Instant:
         return found.table.header.position.first_sequence + rows - 1
 
     def is_end(self, history: History) -> bool:
-        return history.last is not None and history.last.time_ns == self.time_ns
+        return history.last is not None and history.last.time_ns <= self.time_ns <= _end_ns(history, history.last)
 
     def refusal(self, history: History) -> PermanentError:
         what = f"the instant {format_moment(self.time_ns)}"
@@ -92,12 +92,15 @@ class Instant:
         if first is None or last is None or self.time_ns < first.time_ns:
             start = format_moment(first.time_ns) if first is not None else "nowhere"
             return PermanentError(f"{what} lies before the log, which begins at {start}", hint=_offered(history))
-        if self.time_ns > last.time_ns:
-            end = format_moment(last.time_ns)
+        if self.time_ns > _end_ns(history, last):
+            end_ns = _end_ns(history, last)
+            latest = (
+                f"the latest instant that can be chosen is {format_moment(end_ns)}; " if not history.open_gap else ""
+            )
             return PermanentError(
-                f"{what} lies after the log, which ends at {end} so far",
-                hint=f"use --latest, or ask again when later changes are stored; {_offered(history)}",
-                last_time_ns=last.time_ns,
+                f"{what} lies after the log, which ends at {format_moment(last.time_ns)} so far",
+                hint=f"{latest}use --latest, or ask again when later changes are stored; {_offered(history)}",
+                last_time_ns=end_ns,
             )
         return _in_gap(what, Place(0, self.time_ns), history, time_ns=self.time_ns)
 
@@ -144,6 +147,7 @@ async def locate(
     *,
     stored_number: int = 0,
     stored_digest: bytes | None = None,
+    quiet: tuple[int, int] | None = None,
     source: ChunkSource | None = None,
     reached: Reached | None = None,
 ) -> State:
@@ -152,6 +156,7 @@ async def locate(
     Args:
         stored_number: the segment that was reported as stored last; a log that ends before it is damaged.
         stored_digest: that segment's digest; a log that holds another one there is an older state put back.
+        quiet: a sequence, and a time up to which the machine captured nothing behind it, as it reported itself.
         reached: told about progress after every segment.
 
     Raises:
@@ -177,6 +182,8 @@ async def locate(
             return index.state()
     if history.last is None:
         raise _nothing(log, reader.tail)
+    if quiet is not None and history.last.sequence >= quiet[0]:
+        history.quiet_until_ns = quiet[1]
     if request.is_end(history) and history.open_gap is None:
         return index.state()
     settled = index.settled() if isinstance(request, Latest) else None
@@ -240,6 +247,11 @@ def _nearest(gap: GapSpan) -> str:
     return "; ".join(found) or "wait until initial replication is complete"
 
 
+def _end_ns(history: History, last: Place) -> int:
+    """The latest instant whose state is known to be the log's last one."""
+    return max(last.time_ns, history.quiet_until_ns if history.open_gap is None else 0)
+
+
 def _offered(history: History) -> str:
     """The stretch of time in which points are offered, in words."""
     if history.first is None or history.last is None:
@@ -249,10 +261,10 @@ def _offered(history: History) -> str:
         if history.gaps[0].after is None:
             return "no point is offered before initial replication is complete"
         start = history.gaps[0].after.time_ns
-    end = history.last
+    end_ns = _end_ns(history, history.last)
     if history.open_gap is not None and history.open_gap.before is not None:
-        end = history.open_gap.before
-    return f"points are offered from {format_moment(start)} to {format_moment(end.time_ns)}"
+        end_ns = history.open_gap.before.time_ns
+    return f"points are offered from {format_moment(start)} to {format_moment(end_ns)}"
 
 
 def _with_end(error: PermanentError, tail: Tail) -> PermanentError:

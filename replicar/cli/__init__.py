@@ -4,6 +4,7 @@ app       the sub-commands' place, and the entry point `main`
 settings  where the operator's identity and the storage account are
 console   how results, progress and errors are told, to people and to machines
 access    a machine's log and what opens it, from the config server or from the vault's key
+overview  how a vault, its machines and their points look on a terminal
 vault     `status`, `machines`, `protect`, `points`, `tag`
 recover   `recover`
 verify    `verify`

@@ -44,11 +44,15 @@ MachineId = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """An opened log; `stored_number` and `stored_digest` are those of the segment last reported as stored, if known."""
+    """An opened log; `stored_number` and `stored_digest` are those of the segment last reported as stored, if known.
+
+    `quiet`: a sequence, and an instant up to which the machine says that it captured nothing behind it.
+    """
 
     log: MachineLog
     stored_number: int = 0
     stored_digest: bytes | None = None
+    quiet: tuple[int, int] | None = None
 
 
 @asynccontextmanager
@@ -69,7 +73,7 @@ async def open_machine(
         keys = {key_number(key.key_id): key.data_key_bytes()}
         async with open_store(target) as store:
             digest = bytes.fromhex(key.stored_digest) or None
-            yield Access(MachineLog(store, key.machine_id, keys), key.stored_segment or 0, digest)
+            yield Access(MachineLog(store, key.machine_id, keys), key.stored_segment or 0, digest, key.quiet)
         return
     if machine_id is None:
         raise PermanentError(

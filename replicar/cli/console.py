@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import uvloop
@@ -103,10 +103,15 @@ def run(as_json: bool, work: Callable[[Telling], Coroutine[Any, Any, int | None]
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table; columns whose name begins with > are aligned right."""
+    """A plain table; columns whose name begins with > are aligned right, those with ~ may be wrapped.
+
+    All others are never broken, since half a number is none: a table of them has to fit 80 columns by what it holds.
+    """
     made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for name in columns:
-        made.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+        wraps = name.startswith("~")
+        made.add_column(name.lstrip(">~"), justify=justify, overflow="fold", no_wrap=not wraps)
     return made
 
 

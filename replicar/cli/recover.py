@@ -130,6 +130,7 @@ async def _locate(telling: Telling, access: Access, request: Request, source: Ch
             request,
             stored_number=access.stored_number,
             stored_digest=access.stored_digest,
+            quiet=access.quiet,
             source=source,
             reached=lambda number, _: advance(number, access.stored_number),
         )
@@ -191,7 +192,7 @@ def _tell(
         console.print(
             f"{machine} as it was after sequence {place.sequence}, {format_moment(place.time_ns)}", markup=False
         )
-        made = table("disk", "target", ">size", ">data", ">audited", ">oldest audit")
+        made = table("~disk", "~target", ">size", ">data", ">audited", ">oldest audit")
         for item in written:
             share, age = _audited(audits[item.disk], view.disk(item.disk).size_bytes, place.time_ns)
             row(made, item.disk, item.target, size(item.size_bytes), size(item.data_bytes), share, age)

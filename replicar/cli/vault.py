@@ -4,51 +4,63 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from recovery.history import History
 from recovery.moments import format_moment
 from recovery.points import survey
+from replicar.cli import overview
 from replicar.cli.access import MachineId, VaultKeyFile, open_machine
-from replicar.cli.console import Json, Machine, SettingsFile, Telling, duration, row, run, size, table
+from replicar.cli.console import Json, Machine, SettingsFile, Telling, run
 from replicar.cli.settings import load_settings
 from replicar.control.client import ControlClient
-from replicar.control.messages import MAX_WAIT_SECONDS, MachineSummary, Point, PointList, VaultStatus
+from replicar.control.messages import MAX_WAIT_SECONDS, Point, PointList
 from replicar.errors import TransientError
 
+#: What `status` ends with while a protected machine is not being stored; no error of the common tree has it.
+NOT_STORING_STATUS: Final = 7
 #: How long `tag` waits for the agent (and, if asked to, for storage) unless told otherwise.
 TAG_SECONDS: Final = 120.0
-#: Gaps that `points` shows; a machine under trace capture has one for each point.
-GAPS_SHOWN: Final = 10
 
 
 def status(settings: SettingsFile = None, as_json: Json = False) -> None:
-    """Show the vault at a glance: process servers, machines, how far replication is."""
+    """Show the vault at a glance: process servers, machines, how far replication is, and what is in its way.
 
-    async def work(telling: Telling) -> None:
+    The exit status is 7 while a protected machine is not being stored: something is in the way of it, which is named.
+    """
+
+    async def work(telling: Telling) -> int:
         async with load_settings(settings).control() as control:
             found = await control.status()
-        telling.result(found.model_dump(mode="json"), lambda console: _show_status(console, found))
+        telling.result(found.model_dump(mode="json"), lambda console: overview.show_status(console, found))
+        return 0 if all(machine.storing for machine in found.machines) else NOT_STORING_STATUS
 
     run(as_json, work)
 
 
-def machines(settings: SettingsFile = None, as_json: Json = False) -> None:
-    """List the machines: state, initial replication, what is stored, RPO."""
+def machines(
+    name: Annotated[str | None, typer.Argument(help="Show this one, with all its figures.", show_default=False)] = None,
+    settings: SettingsFile = None,
+    as_json: Json = False,
+) -> None:
+    """List the machines: state, initial replication, what is stored, RPO; or show everything about one."""
 
-    async def work(telling: Telling) -> None:
+    async def every(telling: Telling) -> None:
         async with load_settings(settings).control() as control:
             found = await control.machines()
         data = {"machines": [machine.model_dump(mode="json") for machine in found]}
-        telling.result(data, lambda console: console.print(_machine_table(found)))
+        telling.result(data, lambda console: overview.show_machines(console, found))
 
-    run(as_json, work)
+    async def one(telling: Telling) -> None:
+        async with load_settings(settings).control() as control:
+            found = await control.machine(name or "")
+        telling.result(found.model_dump(mode="json"), lambda console: overview.show_machine(console, found))
+
+    run(as_json, every if name is None else one)
 
 
 def protect(machine: Machine, settings: SettingsFile = None, as_json: Json = False) -> None:
@@ -79,13 +91,13 @@ def points(
     async def from_config_server(telling: Telling) -> None:
         async with load_settings(settings).control() as control:
             found = await control.points(machine)
-        telling.result(found.model_dump(mode="json"), lambda console: _show_points(console, found))
+        telling.result(found.model_dump(mode="json"), lambda console: overview.show_points(console, found))
 
     async def from_log(telling: Telling) -> None:
         access = open_machine(load_settings(settings), machine, vault_key_file=vault_key_file, machine_id=machine_id)
         async with access as opened:
             found = _point_list(machine, opened.log.machine_id, await survey(opened.log))
-        telling.result(found.model_dump(mode="json"), lambda console: _show_points(console, found))
+        telling.result(found.model_dump(mode="json"), lambda console: overview.show_points(console, found))
 
     run(as_json, from_config_server if vault_key_file is None else from_log)
 
@@ -135,75 +147,6 @@ async def _tag(control: ControlClient, machine: str, name: str, wait_stored: boo
                 raise
 
 
-def _show_status(console: Console, found: VaultStatus) -> None:
-    console.print(f"Vault {escape(found.vault)} (config server {escape(found.software)})\n")
-    servers = table("process server", "state", "address", ">machines", ">cache free", ">of")
-    for server in found.process_servers:
-        state = "online" if server.online else "offline"
-        row(servers, server.name, state, f"{server.host}:{server.port}", server.machines,
-            size(server.cache_bytes_free), size(server.cache_bytes))  # fmt: skip
-    if found.process_servers:
-        console.print(servers)
-    else:
-        console.print("No process server is enrolled yet: process-server enrol --help")
-    console.print()
-    if found.machines:
-        console.print(_machine_table(found.machines))
-    else:
-        console.print("No machine is enrolled yet: mobility-agent enrol --help")
-
-
-def _machine_table(found: Iterable[MachineSummary]) -> Table:
-    made = table(
-        "machine",
-        "state",
-        "agent",
-        "process server",
-        ">initial",
-        ">disks",
-        ">captured",
-        ">sent",
-        ">stored",
-        ">RPO",
-        ">p99",
-    )
-    for machine in found:
-        total = machine.seed_total_bytes
-        initial = f"{100 * machine.seed_done_bytes / total:.0f} %" if total else "-"
-        agent = "online" if machine.online else "offline"
-        row(made, machine.name, machine.state, agent, machine.process_server or "-", initial, len(machine.disks),
-            size(machine.bytes_captured), size(machine.bytes_sent), size(machine.bytes_stored),
-            duration(machine.rpo_seconds), duration(machine.rpo_p99_seconds))  # fmt: skip
-    return made
-
-
-def _show_points(console: Console, found: PointList) -> None:
-    if found.points:
-        named = table("point", "consistency", "time", ">sequence", "stored")
-        for point in found.points:
-            row(named, point.name, point.kind, format_moment(point.time_ns), point.sequence,
-                "yes" if point.stored else "not yet")  # fmt: skip
-        console.print(named)
-        if found.truncated:
-            console.print("(older ones are left out)")
-    else:
-        console.print("There is no named point yet: replicar tag MACHINE NAME")
-    console.print()
-    if found.ordered_from is None:
-        if found.points:
-            console.print("Named points alone can be chosen now: the order of changes is not known after the last.")
-        else:
-            console.print("No instant can be chosen yet: initial replication is not complete.")
-    else:
-        sequence, time_ns = found.ordered_from
-        console.print(f"Any instant since {format_moment(time_ns)} (sequence {sequence}) can be chosen with --at.")
-    if len(found.gaps) > GAPS_SHOWN:
-        console.print(f"({len(found.gaps) - GAPS_SHOWN} older gaps are left out; --json has them)")
-    for gap in found.gaps[-GAPS_SHOWN:]:
-        end = gap.last_sequence if gap.last_sequence is not None else "(it lasts)"
-        console.print(f"But for the gap from sequence {gap.first_sequence} to {end}: {escape(gap.reason)}")
-
-
 def _point_list(machine: str, machine_id: uuid.UUID, history: History) -> PointList:
     """A log's own account of its points, in the config server's words."""
     stored = history.last.sequence if history.last is not None else 0
@@ -223,6 +166,7 @@ def _point_list(machine: str, machine_id: uuid.UUID, history: History) -> PointL
             if not mark.in_gap
         ],
         "ordered_from": (first.sequence, first.time_ns) if first is not None else None,
+        "ordered_until_ns": history.last.time_ns if history.last is not None and first is not None else None,
         "stored_sequence": stored,
         "gaps": [
             {

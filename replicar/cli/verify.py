@@ -46,7 +46,7 @@ def verify(
 
 
 def _show(console: Console, machine: str, report: Report, seconds: float) -> None:
-    made = table("", "")
+    made = table("", "~")
     row(made, "machine", machine)
     row(made, "segments", f"{report.segments} (up to number {report.last_number}, {report.stored_number} stored)")
     row(made, "chunks", report.chunks)
@@ -65,7 +65,7 @@ def _show(console: Console, machine: str, report: Report, seconds: float) -> Non
         console.print("[bold green]sound[/]: chain, seals, frames and audits are as they were written")
         return
     console.print(f"\n[bold red]{report.problem_count} problem(s)[/]")
-    wrong = table(">segment", "blob", ">byte", "problem")
+    wrong = table(">segment", "~blob", ">byte", "~problem")
     for problem in report.problems:
         unknown = (problem.number, problem.blob, problem.offset)
         row(wrong, *("-" if value is None else value for value in unknown), problem.text)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-from replicar.control.messages import Count, Digest, Message, Name, Pem
+from replicar.control.message import Count, Digest, Message, Name, Pem
 
 
 class VaultInfo(Message):

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from replicar.clock import Clock, SystemClock
 from replicar.control.admission import RenewReply, RenewRequest, VaultInfo
 from replicar.control.identity import Identity, Role
+from replicar.control.message import Message
 from replicar.control.messages import (
     MAX_WAIT_SECONDS,
     AgentHeartbeat,
@@ -23,7 +24,6 @@ from replicar.control.messages import (
     MachineList,
     MachineSummary,
     MarkRequest,
-    Message,
     Point,
     PointList,
     ProcessServerHeartbeat,

@@ -19,11 +19,12 @@ import base64
 import binascii
 import uuid
 from enum import StrEnum
-from typing import Annotated, Final, Self
+from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SecretStr, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints
 
-from replicar.errors import CorruptionError, PermanentError
+from replicar.control.message import Count, Digest, ErrorReport, Message, Name, Seconds, Secret, Text
+from replicar.errors import CorruptionError
 from replicar.formats.record import Consistency
 
 API_PREFIX: Final = "/v1"
@@ -38,45 +39,11 @@ MAX_OPERATOR_WAIT_SECONDS: Final = 60.0
 #: A part whose clock is further off than this, either way, is refused: its recovery points would carry wrong times.
 MAX_CLOCK_SKEW_SECONDS: Final = 300
 DATA_KEY_BYTES: Final = 32
-NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-
-#: Registry integers are signed 64-bit.
-Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-Text = Annotated[str, StringConstraints(max_length=512)]
-Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){0,64}$")]
-Pem = Annotated[str, StringConstraints(max_length=16 << 10)]
-Secret = Annotated[SecretStr, PlainSerializer(SecretStr.get_secret_value, return_type=str, when_used="json")]
-
-
-class Message(BaseModel):
-    """What all messages share. Validation errors never quote the input: it may hold a key."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
-
-    def to_json(self) -> bytes:
-        """The message as it goes over the wire, keys included."""
-        return self.model_dump_json().encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Self:
-        """Read a message strictly.
-
-        Raises:
-            PermanentError: it is no JSON, or not this message; the first offending field is named.
-        """
-        try:
-            return cls.model_validate_json(data, strict=True)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the message"
-            raise PermanentError(
-                f"not a valid {cls.__name__}: {where}: {first['msg']}",
-                hint="the two parts may be of different versions: compare `--version` on both",
-                status=400,
-                field=where,
-            ) from None
+#: Errors that one heartbeat carries of its sender, and machines whose errors a process server's carries.
+MAX_ERRORS: Final = 16
+MAX_TROUBLED_MACHINES: Final = 128
+#: The part of a process server whose error stands in the way of all its machines.
+STORAGE: Final = "storage"
 
 
 class MachineState(StrEnum):
@@ -154,7 +121,9 @@ class AgentHeartbeat(Message):
 
     Marks, gaps and refusals are sent until a heartbeat with them was answered; sending one twice is harmless.
     `ordered_from` is the (sequence, time_ns) from which on every sequence is a recovery point, None while there is
-    no such. `capture` says in words how the machine is captured, where that is not inline.
+    no such. `capture` says in words how the machine is captured, where that is not inline. `stored_until_ns` is an
+    instant up to which (inclusive) every change is among those up to `stored_sequence`; None while order is not
+    captured. `errors`: why nothing is sent, empty while all is well.
     """
 
     time_ns: Count
@@ -172,6 +141,8 @@ class AgentHeartbeat(Message):
     gaps: Annotated[tuple[GapReport, ...], Field(max_length=1024)] = ()
     refusals: Annotated[tuple[CommandRefusal, ...], Field(max_length=64)] = ()
     ordered_from: tuple[Count, Count] | None = None
+    stored_until_ns: Count | None = None
+    errors: Annotated[tuple[ErrorReport, ...], Field(max_length=MAX_ERRORS)] = ()
     audit: AuditReport | None = None
     capture: Text = ""
     wait_seconds: Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS)] = 0.0
@@ -225,8 +196,20 @@ class MachineProgress(Message):
     bytes_stored: Count = 0
 
 
+class MachineTrouble(Message):
+    """What keeps a process server from storing what a machine sends, and the state that the machine is in there."""
+
+    machine_id: uuid.UUID
+    state: Text = ""
+    error: ErrorReport
+
+
 class ProcessServerHeartbeat(Message):
-    """POST /v1/heartbeats/process-server. `host` and `port` are where agents reach it."""
+    """POST /v1/heartbeats/process-server. `host` and `port` are where agents reach it.
+
+    `errors` are the server's own, each of one of its parts; an error of `STORAGE` is in the way of all its machines.
+    `troubles` are those of single machines, which are left out of `machines` while it does not know how far they are.
+    """
 
     time_ns: Count
     host: Annotated[str, StringConstraints(min_length=1, max_length=255)]
@@ -234,6 +217,8 @@ class ProcessServerHeartbeat(Message):
     cache_bytes: Count = 0
     cache_bytes_free: Count = 0
     machines: Annotated[tuple[MachineProgress, ...], Field(max_length=4096)] = ()
+    errors: Annotated[tuple[ErrorReport, ...], Field(max_length=MAX_ERRORS)] = ()
+    troubles: Annotated[tuple[MachineTrouble, ...], Field(max_length=MAX_TROUBLED_MACHINES)] = ()
     wait_seconds: Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS)] = 0.0
     known_version: Text = ""
 
@@ -286,7 +271,11 @@ class ProcessServerInstructions(Message):
 
 
 class MachineSummary(Message):
-    """A machine as the registry knows it. `last_heartbeat_ns` is None before the first one."""
+    """A machine as the registry knows it. `last_heartbeat_ns` is None before the first one.
+
+    `errors`: what is in the way of storing what changes on it, by whom it was reported; `storing` is False while a
+    machine that is protected has any.
+    """
 
     id: uuid.UUID
     name: Text
@@ -309,6 +298,8 @@ class MachineSummary(Message):
     bytes_received: Count
     bytes_stored: Count
     disks: tuple[DiskReport, ...]
+    storing: bool = True
+    errors: tuple[ErrorReport, ...] = ()
     audit: AuditReport | None = None
     capture: Text = ""
 
@@ -335,6 +326,7 @@ class ProcessServerSummary(Message):
     cache_bytes: Count
     cache_bytes_free: Count
     machines: Count
+    errors: tuple[ErrorReport, ...] = ()
 
 
 class VaultStatus(Message):
@@ -350,19 +342,26 @@ class VaultStatus(Message):
 
 
 class Point(Message):
-    """A named recovery point. `stored`: everything up to it is in storage, so it can be recovered now."""
+    """A named recovery point. `stored`: everything up to it is in storage, so it can be recovered now.
+
+    `earlier`: it was made before the machine was enrolled again. Then `stored` only says that it was stored: whether
+    that log is still in the container, the log alone knows.
+    """
 
     name: Text
     kind: Consistency
     sequence: Count
     time_ns: Count
     stored: bool
+    earlier: bool = False
     command_id: Text | None = None
 
 
 class PointList(Message):
     """What can be recovered: named points, newest first, and the ordered window in which any sequence can.
 
+    The window goes from `ordered_from` to `stored_sequence`, and in time at least to `ordered_until_ns` (inclusive).
+    Both are None while storage does not hold a window of the present incarnation. `errors` as in `MachineSummary`.
     `truncated` says that older named points were left out of this reply (they are still there).
     """
 
@@ -373,6 +372,8 @@ class PointList(Message):
     stored_sequence: Count
     gaps: tuple[GapReport, ...]
     truncated: bool = False
+    ordered_until_ns: Count | None = None
+    errors: tuple[ErrorReport, ...] = ()
 
 
 class MarkRequest(Message):
@@ -385,10 +386,14 @@ class MarkRequest(Message):
 
 
 class MachineKey(_WithDataKey):
-    """GET /v1/machines/{name}/key: what recovery needs, and up to where the log must be whole."""
+    """GET /v1/machines/{name}/key: what recovery needs, and up to where the log must be whole.
+
+    `quiet`: a sequence, and an instant up to which (inclusive) the machine captured nothing behind that sequence.
+    """
 
     machine_id: uuid.UUID
     key_id: Text
     stored_sequence: Count
     stored_segment: Count | None
     stored_digest: Digest
+    quiet: tuple[Count, Count] | None = None

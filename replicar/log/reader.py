@@ -290,6 +290,15 @@ class LogReader:
 
     def _missing(self, why: str) -> CorruptionError:
         number = self.tail.number + 1
+        if number == 1:
+            return CorruptionError(
+                f"nothing of machine {self._machine_id} can be recovered from this container: the beginning of its log "
+                f"is not in it, but {why}",
+                hint="check that it is the right container; if it was deleted, bring it back (soft delete); if the "
+                "machine was enrolled again to begin anew, wait until initial replication is complete",
+                number=number,
+                last_sequence=0,
+            )
         return CorruptionError(
             f"the log of machine {self._machine_id} ends before segment {number} ({self.tail.reason}), but {why}",
             hint=f"points up to sequence {self.tail.sequence} can still be recovered",

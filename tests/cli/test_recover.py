@@ -52,6 +52,24 @@ async def test_an_instant_between_two_changes_becomes_vhd_files_of_all_disks(
         assert vhd.read_footer(data[-512:]).virtual_bytes == len(data) - 512
 
 
+async def test_an_idle_machine_is_recovered_to_any_instant_up_to_its_last_report(
+    operator: Operator, stored: Stored, tmp_path: Path
+) -> None:
+    builder, house = stored.builder, stored.cast.house
+    last = builder.sequence - 1
+    moment = builder.times[last] + 60 * 10**9
+    words = ("recover", "db1", "--at", moment, "--disk", "disk0", "--raw", tmp_path / "disk.raw", "--json")
+    refused = await operator(*words)
+    assert refused.status == 1
+    assert "lies after the log" in refused.json["message"]
+    report = house.machine_heartbeat(stored_sequence=last, stored_until_ns=moment)
+    await stored.cast.machine.agent_heartbeat(report)
+    ended = await operator(*words)
+    assert ended.status == 0, ended.output
+    assert ended.json["sequence"] == last
+    assert (tmp_path / "disk.raw").read_bytes() == disk(stored, "point-7")
+
+
 async def test_the_latest_state_becomes_a_vhd_in_a_page_blob(
     operator: Operator, stored: Stored, store: PageBlobStore, tmp_path: Path
 ) -> None:

@@ -173,6 +173,21 @@ def test_a_setting_that_can_not_be_honoured_is_refused(vault_directory: Path, te
         load_settings(vault_directory / "missing.toml")
 
 
+def test_the_vault_listens_on_the_port_that_everybody_is_told(tmp_path: Path) -> None:
+    for number, (given, port) in enumerate(
+        (
+            (["--address", "config.example.org:18443"], 18443),
+            (["--address", "config.example.org"], 443),
+            (["--address", "config.example.org:18443", "--port", "8443"], 8443),
+            ([], 443),
+        )
+    ):
+        made = command("init", "--vault", "demo", "-d", tmp_path / str(number), *given)
+        assert made.returncode == 0, made.stderr
+        assert f"listen on 0.0.0.0:{port}." in made.stdout
+        assert f"port = {port}\n" in (tmp_path / str(number) / "config-server.toml").read_text()
+
+
 def test_the_passphrase_may_be_taken_away_from_the_vault(vault_directory: Path) -> None:
     (vault_directory / PASSPHRASE_FILE).unlink()
     with serving(vault_directory, "--port", "0") as (process, port):

@@ -122,11 +122,44 @@ async def test_what_the_agent_refuses_reaches_who_asked_and_is_not_asked_again(
 async def test_gaps_and_the_ordered_window_are_listed_and_saying_them_twice_does_no_harm(cast: Cast) -> None:
     open_gap = GapReport(first_sequence=10, reason="journal full")
     closed = GapReport(first_sequence=10, last_sequence=20, reason="journal full")
+    await cast.protect()
     for gaps in ([open_gap], [open_gap], [closed], [open_gap]):
         await cast.machine.agent_heartbeat(cast.house.machine_heartbeat(gaps=gaps, ordered_from=(21, 5)))
+    await cast.report_stored(21)
     listed = await cast.operator.points("db1")
     assert listed.gaps == (closed,)
     assert listed.ordered_from == (21, 5)
+
+
+async def test_the_ordered_window_is_offered_as_far_as_storage_has_it(cast: Cast) -> None:
+    await cast.protect()
+    window = {"ordered_from": (21, 5), "captured_sequence": 40, "stored_until_ns": 90}
+    await cast.machine.agent_heartbeat(cast.house.machine_heartbeat(stored_sequence=20, **window))
+    listed = await cast.operator.points("db1")
+    assert (listed.ordered_from, listed.ordered_until_ns) == (None, None)
+    await cast.report_stored(30)
+    listed = await cast.operator.points("db1")
+    assert (listed.ordered_from, listed.ordered_until_ns, listed.stored_sequence) == ((21, 5), 90, 30)
+
+
+async def test_a_machine_enrolled_again_offers_nothing_of_which_storage_may_have_nothing(cast: Cast) -> None:
+    await cast.protect()
+    mark = MarkReport(name="before", sequence=25, time_ns=7)
+    fields = {"ordered_from": (21, 5), "stored_sequence": 30, "stored_until_ns": 90}
+    await cast.machine.agent_heartbeat(cast.house.machine_heartbeat(marks=[mark], **fields))
+    assert (await cast.operator.key("db1")).quiet == (30, 90)
+    identity = await cast.house.enrol(cast.house.directory.parent / "again", "db1")
+    async with cast.house.client(identity) as again:
+        listed = await cast.operator.points("db1")
+        assert [(point.name, point.stored, point.earlier) for point in listed.points] == [("before", True, True)]
+        assert listed.ordered_from is None
+        assert (await cast.operator.key("db1")).quiet is None
+        begin = 2**48 + 5
+        await again.agent_heartbeat(cast.house.machine_heartbeat(ordered_from=(begin, 100), stored_until_ns=99))
+        assert (await cast.operator.points("db1")).ordered_from is None
+        await cast.report_stored(begin)
+        listed = await cast.operator.points("db1")
+        assert (listed.ordered_from, listed.ordered_until_ns) == ((begin, 100), 100)
 
 
 async def test_marks_for_a_machine_that_is_away_are_bounded(cast: Cast) -> None:

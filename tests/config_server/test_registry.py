@@ -127,7 +127,7 @@ def test_the_catalogue_of_points_is_bounded_and_keeps_the_newest(
     gaps = [GapReport(first_sequence=number, last_sequence=number) for number in range(1, 10)]
     opened.run(lambda c: points.record_marks(c, machine_id, marks, 20))
     opened.run(lambda c: points.record_gaps(c, machine_id, gaps))
-    listed, truncated = opened.run(lambda c: points.list_points(c, machine_id))
+    listed, truncated = opened.run(lambda c: points.list_points(c, machine_id, 0))
     assert [point.sequence for point in listed] == [25, 24, 23, 22, 21, 20]
     assert [point.stored for point in listed] == [False] * 5 + [True]
     assert truncated
@@ -146,7 +146,7 @@ def test_points_by_the_clock_do_not_drive_out_those_that_were_asked_for(
     timed = [MarkReport(name=f"auto-{at}", sequence=at, time_ns=at) for at in (2, 3, 4, 6, 7, 8)]
     for marks in (asked, timed[:2], timed[2:]):
         opened.run(partial(points.record_marks, machine_id=machine_id, marks=marks, stored_sequence=20))
-    listed, truncated = opened.run(lambda c: points.list_points(c, machine_id))
+    listed, truncated = opened.run(lambda c: points.list_points(c, machine_id, 0))
     assert [point.name for point in listed] == ["auto-8", "auto-7", "auto-6", "m5", "m1"]
     assert not truncated
     opened.close()

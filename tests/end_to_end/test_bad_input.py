@@ -29,6 +29,14 @@ def _says(result: Result, *words: str) -> None:
     assert "Traceback" not in said, said
 
 
+async def _status_naming(cluster: Cluster, word: str) -> Result:
+    """What `replicar status` says once it knows of something; heartbeats take a while."""
+    async with asyncio.timeout(30):
+        while word not in (said := await cluster.replicar("status")).output:
+            await asyncio.sleep(0.5)
+    return said
+
+
 async def test_a_wrong_passphrase_admits_neither_machine_nor_process_server(tmp_path: Path, image_path: Path) -> None:
     async with Cluster(tmp_path, disks={DISK: image_path}, in_memory=True) as cluster:
         await cluster.make_vault()
@@ -93,5 +101,13 @@ async def test_a_deleted_container_stops_storing_and_nothing_else(tmp_path: Path
             assert application.tally.changes_lost == 0
             assert it.cluster.process_server.process_id is not None
             _says(await it.cluster.replicar("verify", it.cluster.machine), it.cluster.container)
+            said = await _status_naming(it.cluster, it.cluster.container)
+            assert said.status == 7, said
+            assert f"machine {it.cluster.machine} is not storing" in said.output
+            assert "next step: " in said.output
+            (machine,) = (await it.cluster.replicar("status", "--json")).json()["machines"]
+            assert machine["storing"] is False
+            assert any(it.cluster.container in error["message"] for error in machine["errors"])
+            assert it.cluster.container in (await it.cluster.replicar("machines")).require().output
         facts = await command.run("process-server", "status", "--directory", it.cluster.process_server_directory)
         assert it.cluster.container in facts.output, facts

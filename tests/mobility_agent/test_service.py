@@ -6,6 +6,7 @@ import asyncio
 import random
 import re
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -145,6 +146,8 @@ async def test_a_disk_is_replicated_while_it_is_written_and_the_operator_can_see
         assert gap.last_sequence is not None
         assert points.ordered_from is not None
         assert points.ordered_from[0] == gap.last_sequence
+        assert points.ordered_until_ns is not None
+        assert points.ordered_from[1] < points.ordered_until_ns < time.time_ns()
     status = site.status()
     assert status["state"] == "stopped"
     assert status["disks"][0]["nbd"] == str(site.socket)

@@ -46,6 +46,27 @@ async def test_points_outside_of_gaps_are_offered(with_gap: LogBuilder, sequence
         assert await view.read(view.disks[0], 0, 4 * SECTOR) == with_gap.expected[sequence][0]
 
 
+async def test_an_instant_after_the_last_change_is_offered_if_the_machine_says_that_there_was_none(
+    with_gap: LogBuilder,
+) -> None:
+    last = with_gap.sequence - 1
+    end_ns = with_gap.times[last]
+    for until_ns, sequence in ((end_ns + 50, last + 1), (end_ns + 50 - 1, last)):  # said of another end; too early
+        with pytest.raises(PermanentError, match="lies after the log"):
+            await locate(with_gap.log, Instant(end_ns + 50), quiet=(sequence, until_ns))
+    state = await locate(with_gap.log, Instant(end_ns + 50), quiet=(last, end_ns + 50))
+    assert state.place.sequence == last
+    with pytest.raises(PermanentError) as late:
+        await locate(with_gap.log, Instant(end_ns + 51), quiet=(last, end_ns + 50))
+    assert f"the latest instant that can be chosen is {format_moment(end_ns + 50)}" in late.value.hint
+
+
+async def test_a_log_that_is_not_in_the_container_is_said_to_offer_nothing(builder: LogBuilder) -> None:
+    with pytest.raises(CorruptionError, match="can be recovered from this container") as nothing:
+        await locate(builder.log, Latest(), stored_number=12)
+    assert "sequence" not in nothing.value.hint
+
+
 @pytest.mark.parametrize("sequence", [6, 7, 8])
 async def test_a_point_inside_a_gap_is_refused_with_the_points_around_it(with_gap: LogBuilder, sequence: int) -> None:
     for request in (AtSequence(sequence), Instant(with_gap.times[sequence])):

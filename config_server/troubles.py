@@ -1,0 +1,44 @@
+"""What stands in the way of process servers and their machines now, as they last said it.
+
+Kept in memory only: it is about this moment, every heartbeat says all of it again, and a config server that starts
+anew should not tell of faults that may be over. It takes one heartbeat until it knows them again.
+
+The event loop writes and the registry's thread reads; entries are immutable and replaced whole.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+
+from replicar.control.message import ErrorReport
+from replicar.control.messages import STORAGE, ProcessServerHeartbeat
+
+
+@dataclass(frozen=True, slots=True)
+class _Reported:
+    server: tuple[ErrorReport, ...] = ()
+    machines: dict[uuid.UUID, ErrorReport] = field(default_factory=dict)
+
+
+class Troubles:
+    """The latest errors of every process server that reported since this config server started."""
+
+    def __init__(self) -> None:
+        self._reported: dict[uuid.UUID, _Reported] = {}
+
+    def record(self, server_id: uuid.UUID, heartbeat: ProcessServerHeartbeat) -> None:
+        """Take what a process server says in place of what it said before."""
+        machines = {trouble.machine_id: trouble.error for trouble in heartbeat.troubles}
+        self._reported[server_id] = _Reported(heartbeat.errors, machines)
+
+    def of_server(self, server_id: uuid.UUID) -> tuple[ErrorReport, ...]:
+        """The process server's own errors."""
+        return self._reported.get(server_id, _Reported()).server
+
+    def of_machine(self, server_id: uuid.UUID, machine_id: uuid.UUID) -> tuple[ErrorReport, ...]:
+        """What keeps this process server from storing what that machine sends."""
+        reported = self._reported.get(server_id, _Reported())
+        own = reported.machines.get(machine_id)
+        shared = tuple(error for error in reported.server if error.part == STORAGE)
+        return (*shared, own) if own is not None else shared
