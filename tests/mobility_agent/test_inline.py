@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
 import socket
 import struct
 from pathlib import Path
@@ -16,6 +15,7 @@ from mobility_agent.capture.disk import Disk
 from replicar.errors import PermanentError
 from simulator.nbd_client import NbdClient
 from tests.mobility_agent.core import MIB, agent_core, frames_of, gap_flags, replay
+from tests.support.tools import need
 
 
 async def _random_load(client: NbdClient, size: int, count: int, seed: int) -> None:
@@ -215,8 +215,8 @@ async def _run(*command: str, cwd: Path | None = None) -> str:
     return output.decode()
 
 
-@pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io (qemu-utils) is not installed")
 async def test_qemu_io_writes_zeroes_discards_and_reads(tmp_path: Path) -> None:
+    need("qemu-io")
     async with agent_core(tmp_path) as core:
         commands = ["write -P 0x41 0 1M", "write -P 0x42 1M 3M", "discard 0 512k", "write -z 2M 64k", "flush",
                     "write -f -P 7 512 512", "read -P 7 512 512", "read -P 0 1k 511k", "read -P 0 2M 64k"]  # fmt: skip
@@ -227,8 +227,8 @@ async def test_qemu_io_writes_zeroes_discards_and_reads(tmp_path: Path) -> None:
         assert replay(frames_of(core.log), core.disk.size_bytes) == core.disk.path.read_bytes()
 
 
-@pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="nbdcopy (libnbd-bin) is not installed")
 async def test_nbdcopy_and_nbdinfo_work(tmp_path: Path) -> None:
+    need("nbdcopy")
     source = tmp_path / "source"
     source.write_bytes(random.Random(3).randbytes(3 * MIB) + bytes(5 * MIB))
     async with agent_core(tmp_path) as core:
@@ -241,8 +241,8 @@ async def test_nbdcopy_and_nbdinfo_work(tmp_path: Path) -> None:
         assert replay(frames_of(core.log), core.disk.size_bytes) == source.read_bytes()
 
 
-@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
 async def test_fio_verifies_its_own_random_writes(tmp_path: Path) -> None:
+    need("fio")
     async with agent_core(tmp_path, disk_bytes=16 * MIB, limit_bytes=32 * MIB) as core:
         await _run(
             *("fio", "--name=verify", "--ioengine=nbd", f"--uri=nbd+unix:///root?socket={core.socket}"),
