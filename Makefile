@@ -2,9 +2,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Of the tests; one more than the cores that continuous integration has, since many tests wait.
+WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types pytest bench soak clean
+.PHONY: help setup demo test lint format types pytest bench soak archive clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -29,16 +31,20 @@ types: setup ## every room under mypy, strict
 	$(BIN)/mypy
 
 pytest: setup ## the tests alone
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: setup ## the benchmarks, one JSON object each
 	$(BIN)/python -m bench limit --json
 	$(BIN)/python -m bench datapath --json
+	$(BIN)/python -m bench capture --json
 	$(BIN)/pytest tests/bench/test_hot_path.py --benchmark-enable --benchmark-only
 
 soak: setup ## the long tests
 	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600
 
+archive: setup ## the agent in one file, for machines with Python only (dist/)
+	@$(BIN)/python setup/agent_archive.py
+
 clean: ## remove everything that was made here
-	rm -rf .venv .azurite .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist *.egg-info
+	rm -rf .venv .azurite .guest .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench import datapath, limit
+from bench import capture, datapath, limit
 from bench.report import Report, show
 from replicar.errors import ReplicarError
 
@@ -42,6 +42,12 @@ def _datapath_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit-mib", type=int, default=limit.DEFAULT_MIB, help="as --mib of limit (%(default)s)")
 
 
+def _capture_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=capture.DEFAULT_SECONDS, help="of each turn (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=capture.DEFAULT_ROUNDS, help="turns of each (%(default)s)")
+    parser.add_argument("--mib", type=int, default=capture.DEFAULT_MIB, help="MiB of each disk (%(default)s)")
+
+
 BENCHMARKS: Final = {
     "limit": Benchmark(
         "cpu seconds per GB of the libraries alone, and the throughput these cores could reach at best",
@@ -52,6 +58,11 @@ BENCHMARKS: Final = {
         "agent to process server to an HTTPS sink: throughput and cpu seconds per GB, beside the limit",
         _datapath_options,
         datapath.run,
+    ),
+    "capture": Benchmark(
+        "what it costs whoever writes that the agent captures it: beside a server that logs nothing",
+        _capture_options,
+        capture.run,
     ),
 }
 

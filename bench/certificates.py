@@ -27,18 +27,18 @@ class Certificates:
     key: Path
 
     @classmethod
-    def make(cls, directory: Path) -> Certificates:
-        """Make them in `directory`, which is made if it is not there."""
+    def make(cls, directory: Path, *, host: str = HOST) -> Certificates:
+        """Make them in `directory`, which is made if it is not there, for an address."""
         directory.mkdir(parents=True, exist_ok=True)
         made = cls(directory / "authority.pem", directory / "certificate.pem", directory / "key.pem")
         root_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-        root_name, name = _name("benchmark's throw-away authority"), _name(HOST)
+        root_name, name = _name("benchmark's throw-away authority"), _name(host)
         root = _builder(root_name, root_name, root_key, root_key).add_extension(
             x509.BasicConstraints(ca=True, path_length=0), critical=True
         )
         root = root.add_extension(_usage(signs_certificates=True), critical=True)
         leaf = _builder(name, root_name, key, root_key).add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))]), critical=False
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))]), critical=False
         )
         leaf = leaf.add_extension(_usage(signs_certificates=False), critical=True)
         pem = serialization.Encoding.PEM

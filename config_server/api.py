@@ -20,6 +20,7 @@ from aiohttp import web
 from config_server import parties
 from config_server.bells import Bells
 from config_server.enrolment import AttemptLimit
+from config_server.groups import Groups
 from config_server.parties import Party
 from config_server.registry import RegistryThread
 from config_server.troubles import Troubles
@@ -60,6 +61,7 @@ class Context:
     heartbeat_seconds: float
     attempts: AttemptLimit = field(default_factory=AttemptLimit)
     troubles: Troubles = field(default_factory=Troubles)
+    groups: Groups = field(default_factory=Groups)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ MACHINES: Final = (
 
 def record_agent(connection: sqlite3.Connection, machine_id: uuid.UUID, heartbeat: AgentHeartbeat, now_ns: int) -> None:
     """Keep an agent's report."""
-    report = heartbeat.model_dump_json(exclude={"marks", "gaps", "refusals", "wait_seconds", "known_version"})
+    report = heartbeat.model_dump_json(exclude={"marks", "gaps", "refusals", "hold", "wait_seconds", "known_version"})
     connection.execute(
         "UPDATE machines SET report = ?, heartbeat_ns = ? WHERE id = ?", (report, now_ns, str(machine_id))
     )

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import uuid
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Final
 
-from config_server import machines, overview, parties, points
+from config_server import groups, machines, overview, parties, points
 from config_server.api import Call, Context, Route, hold
 from config_server.bells import Topic
 from replicar.control.identity import Role
 from replicar.control.messages import (
+    GroupPoint,
+    GroupRequest,
     MachineKey,
     MachineList,
     MachineSummary,
@@ -139,6 +142,45 @@ async def post_mark(context: Context, call: Call) -> Point:
     )
 
 
+async def post_group(context: Context, call: Call) -> GroupPoint:
+    """Have a point made over several machines, as of one instant."""
+    request, now_ns = GroupRequest.from_json(call.body), context.clock.now_ns()
+
+    def ask(connection: sqlite3.Connection) -> GroupPoint | dict[uuid.UUID, str]:
+        if (point := groups.known(connection, request.group)) is not None:
+            return point
+        members: dict[uuid.UUID, str] = {}
+        for name in request.machines:
+            machine = parties.machine_named(connection, name)
+            if machines.server_of(connection, machine.id) is None:
+                raise machines.never_protected(name)
+            members[machine.id] = name
+        if len(members) < len(request.machines):
+            raise PermanentError("a machine is named twice", hint="name each machine of the group once", status=400)
+        parties.audit(connection, call.asking().id, "group", f"machines {', '.join(request.machines)}", now_ns)
+        return members
+
+    members = await context.registry.run(ask)
+    if isinstance(members, GroupPoint):
+        return members
+    group = context.groups.begin(request, members)
+    try:
+        _ring(context, members)
+        await groups.held(group)
+        _ring(context, members)
+        point = await groups.settled(group)
+    finally:
+        context.groups.end(group)
+        _ring(context, members)
+    await context.registry.run(lambda connection: groups.record(connection, point, now_ns))
+    return point
+
+
+def _ring(context: Context, machine_ids: Iterable[uuid.UUID]) -> None:
+    for machine_id in machine_ids:
+        context.bells.ring(Topic.INSTRUCTIONS, machine_id)
+
+
 async def _made(
     context: Context, machine_id: uuid.UUID, request: MarkRequest, bell: asyncio.Event, *, stored: bool
 ) -> Point | None:
@@ -174,5 +216,6 @@ ROUTES: Final[tuple[Route, ...]] = tuple(
         ("GET", "/machines/{name}/points", get_points),
         ("GET", "/machines/{name}/key", get_key),
         ("POST", "/machines/{name}/marks", post_mark),
+        ("POST", "/groups", post_group),
     )
 )

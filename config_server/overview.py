@@ -114,6 +114,8 @@ def _summary(row: sqlite3.Row, now_ns: int, troubles: Troubles) -> MachineSummar
         bytes_stored=row["bytes_stored"],
         disks=report.disks,
         audit=report.audit,
+        journal_full_seconds=report.journal_full_seconds,
+        copy_remaining_seconds=report.copy_remaining_seconds,
         capture=report.capture,
         storing=not errors,
         errors=errors,

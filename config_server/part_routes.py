@@ -63,6 +63,7 @@ async def post_machine_heartbeat(context: Context, call: Call) -> AgentInstructi
     heartbeat, machine, now_ns = AgentHeartbeat.from_json(call.body), call.asking(), context.clock.now_ns()
     enrolment.check_clock(f"machine {machine.name}", heartbeat.time_ns, now_ns)
     await context.registry.run(lambda connection: machines.record_agent(connection, machine.id, heartbeat, now_ns))
+    context.groups.report(machine.id, heartbeat.hold)
     context.bells.ring(Topic.PROGRESS, machine.id)
 
     def instructions(connection: sqlite3.Connection) -> AgentInstructions:
@@ -102,6 +103,8 @@ async def _news(
     with context.bells.listen(Topic.INSTRUCTIONS, party.id) as bell:
         while True:
             found = await context.registry.run(instructions)
+            if isinstance(found, AgentInstructions):
+                found = context.groups.added(party.id, found)
             left = begun + context.bells.hold_seconds(party.id, wait_seconds) - asyncio.get_running_loop().time()
             if found.version != known_version or left <= 0 or context.bells.closed:
                 return found

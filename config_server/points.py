@@ -38,6 +38,10 @@ MAX_POINTS_LISTED: Final = 10_000
 #: Marks that a machine was asked for and has not made yet; more means that it is away.
 MAX_COMMANDS: Final = 64
 MARK: Final = "mark"
+#: Marks, and whether the group that each is of is a point.
+_MARKS: Final = (
+    "SELECT *, EXISTS (SELECT 1 FROM group_points WHERE group_points.id = marks.command_id) AS in_group FROM marks "
+)
 
 
 def record_marks(
@@ -48,8 +52,12 @@ def record_marks(
     for mark in marks:
         some = True
         connection.execute(
-            "INSERT INTO marks VALUES (?, ?, ?, ?, ?, ?, 0, ?) ON CONFLICT DO NOTHING",
-            (str(machine_id), mark.sequence, mark.name, mark.kind, mark.time_ns, mark.command_id, mark.in_gap),
+            "INSERT INTO marks (machine_id, sequence, name, kind, time_ns, command_id, stored, in_gap, pause_seconds)"
+            " VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?) ON CONFLICT DO NOTHING",
+            (
+                *(str(machine_id), mark.sequence, mark.name, mark.kind, mark.time_ns, mark.command_id, mark.in_gap),
+                mark.pause_seconds,
+            ),
         )
         if mark.command_id is not None:
             connection.execute(
@@ -114,7 +122,7 @@ def list_points(
 ) -> tuple[tuple[Point, ...], bool]:
     """Named points, newest first, and whether older ones were left out; `incarnation` is the present one."""
     rows = connection.execute(
-        "SELECT * FROM marks WHERE machine_id = ? AND in_gap = 0 ORDER BY sequence DESC, name LIMIT ?",
+        _MARKS + "WHERE machine_id = ? AND in_gap = 0 ORDER BY sequence DESC, name LIMIT ?",
         (str(machine_id), MAX_POINTS_LISTED + 1),
     ).fetchall()
     return tuple(_point(row, incarnation) for row in rows[:MAX_POINTS_LISTED]), len(rows) > MAX_POINTS_LISTED
@@ -191,7 +199,7 @@ def commanded(connection: sqlite3.Connection, machine_id: uuid.UUID, command_id:
         LimitError, ConflictError: the agent refused it by that.
     """
     row = connection.execute(
-        "SELECT * FROM marks WHERE machine_id = ? AND command_id = ?", (str(machine_id), command_id)
+        _MARKS + "WHERE machine_id = ? AND command_id = ?", (str(machine_id), command_id)
     ).fetchone()
     if row is not None and row["in_gap"]:
         raise PermanentError(
@@ -220,12 +228,16 @@ def _trim(
 
 
 def _point(row: sqlite3.Row, incarnation: int = 0) -> Point:
+    kind = Consistency(row["kind"])
+    if kind is Consistency.GROUP and not row["in_group"]:
+        kind = Consistency.CRASH  # not every machine of its group kept it, so it is this one's point alone
     return Point(
         name=row["name"],
-        kind=Consistency(row["kind"]),
+        kind=kind,
         sequence=row["sequence"],
         time_ns=row["time_ns"],
         stored=bool(row["stored"]),
         earlier=row["sequence"] >> INCARNATION_SHIFT < incarnation,
         command_id=row["command_id"],
+        pause_seconds=row["pause_seconds"],
     )

@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 from replicar.errors import CorruptionError, PermanentError, TransientError
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 4
 BUSY_SECONDS: Final = 5.0
 #: Transactions waiting for the writer; at some 2,000 a second that is half a second of work.
 MAX_WAITING: Final = 1024
@@ -71,6 +71,7 @@ CREATE INDEX machines_of ON machines (process_server_id);
 CREATE TABLE marks (
     machine_id TEXT NOT NULL REFERENCES machines (id), sequence INTEGER NOT NULL, name TEXT NOT NULL,
     kind TEXT NOT NULL, time_ns INTEGER NOT NULL, command_id TEXT, stored INTEGER NOT NULL, in_gap INTEGER NOT NULL,
+    pause_seconds REAL,
     PRIMARY KEY (machine_id, sequence, name)) STRICT, WITHOUT ROWID;
 CREATE INDEX marks_waiting ON marks (machine_id, sequence) WHERE stored = 0;
 CREATE UNIQUE INDEX marks_commanded ON marks (machine_id, command_id) WHERE command_id IS NOT NULL;
@@ -82,6 +83,9 @@ CREATE TABLE commands (
     id TEXT PRIMARY KEY, machine_id TEXT NOT NULL REFERENCES machines (id), kind TEXT NOT NULL, name TEXT NOT NULL,
     consistency TEXT NOT NULL, created_ns INTEGER NOT NULL, refusal TEXT) STRICT;
 CREATE INDEX commands_of ON commands (machine_id, created_ns);
+-- points of several machines that all of them kept (JSON); their marks have the id as their command
+CREATE TABLE group_points (
+    id TEXT PRIMARY KEY, point TEXT NOT NULL, created_ns INTEGER NOT NULL) STRICT;
 -- who was given a key, or changed something, and when
 CREATE TABLE audit (
     number INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, party_id TEXT NOT NULL, action TEXT NOT NULL,
@@ -95,7 +99,9 @@ _STEPS: Final = {
         "ALTER TABLE machines ADD COLUMN counted_received INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE machines ADD COLUMN counted_stored INTEGER NOT NULL DEFAULT 0",
         "UPDATE machines SET counted_received = bytes_received, counted_stored = bytes_stored",
-    )
+    ),
+    3: ("ALTER TABLE marks ADD COLUMN pause_seconds REAL",),
+    4: ("CREATE TABLE group_points (id TEXT PRIMARY KEY, point TEXT NOT NULL, created_ns INTEGER NOT NULL) STRICT",),
 }
 
 _T = TypeVar("_T")

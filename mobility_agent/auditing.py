@@ -6,9 +6,9 @@ itself. `replicar verify` compares them all.
 
 A chunk is read past the page cache, on another thread, under a watch: if it was written meanwhile it is read again, so
 the hash is that of the disk right before the AUDIT's sequence. A chunk that is written all the time is read in smaller
-pieces; a piece that never holds still is left out of the round and counted. Inside a gap nothing is audited, since
-nothing there could be compared; while the change log is more than half full audits wait, as all background reading
-does.
+pieces; a piece that never holds still is left out of the round and counted, and so is free space that is not copied.
+Inside a gap nothing is audited, since nothing there could be compared; while the change log is more than half full
+audits wait, as all background reading does.
 
 The rate is the operator's: every byte read counts, those read again too. The position survives the process, at most
 `SAVE_SECONDS` behind.
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One pass over all disks. `skipped_bytes` were written too often, or could not be read."""
+    """One pass over all disks. `skipped_bytes` were written too often, could not be read, or are left out."""
 
     began_ns: int
     ended_ns: int
@@ -117,6 +117,10 @@ class Auditor:
         if not self._began_ns:
             self._began_ns = self._clock.now_ns()
         length = min(CHUNK_BYTES, disk.size_bytes - self._offset)
+        if self._ladder.is_left_out(disk.index, self._offset, length):
+            self._skipped += length
+            self._offset += length
+            return True
         done = await self._audit(disk, self._offset, length)
         if done is False:
             done = await self._audit_pieces(disk, self._offset, length)
@@ -194,7 +198,7 @@ class Auditor:
         if self._began_ns:
             self.last_round = Round(self._began_ns, self._clock.now_ns(), self._skipped)
             if self._skipped:
-                _log.info("an audit round left out %d bytes that never held still", self._skipped)
+                _log.info("an audit round passed over %d bytes: free space, or what never held still", self._skipped)
         self._disk = self._offset = self._began_ns = self._skipped = 0
         self._save_due = 0.0
 

@@ -20,12 +20,17 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from mobility_agent.logfile import LogFile
 from mobility_agent.logfiles import LogFiles
 from mobility_agent.logstate import LogState, Past
+from mobility_agent.owner import Owner
 from replicar.clock import Clock
 from replicar.errors import LimitError
 from replicar.formats import changelog, frame, record
@@ -45,21 +50,13 @@ FRAME_ROOM: Final = HEADER_BYTES + MAX_PAYLOAD_BYTES + STAGING_CAPACITY * DESCRI
 #: Kept back in the last file for records (marks, the gap itself) when the log is full.
 RECORD_ROOM: Final = 64 << 10
 #: An open frame this large is sealed at the end of a batch, so that the sender gets it while more comes in.
-SEAL_BYTES: Final = 256 << 10
+SEAL_BYTES: Final = 512 << 10
+#: Of an unfinished request, more than this is not worth being copied to another frame: its end is waited for.
+MOVED_BYTES: Final = 4096
 #: A connection is given at least this much room to receive into.
 MIN_BUFFER_BYTES: Final = 64 << 10
 DEFAULT_FILE_BYTES: Final = 64 << 20
 _TABLE_START = changelog.STAGING_OFFSET + changelog.STAGING_TABLE
-
-
-class Owner(Protocol):
-    """Whoever fills the open frame. `parsed` is where in `ChangeLog.data` its first unparsed byte lies."""
-
-    parsed: int
-
-    def release(self, unparsed: bytes) -> None:
-        """The frame is taken away; `unparsed` is what was received of requests that are not whole yet."""
-        ...
 
 
 class ChangeLog:
@@ -100,6 +97,8 @@ class ChangeLog:
         self.stored_sequence = first_sequence - 1
         self.last_time_ns = 0
         self.bytes_captured = 0
+        #: Each is called with the table of every frame that is finished, before the frame can be sent.
+        self.on_sealed: list[Callable[[npt.NDArray[np.void]], None]] = []
         self.ordered = True  # False: writes are not described (the log is full)
         # The open frame: payload from `start`, filled up to `free`, room up to `limit`, in `data`.
         self.data = self._scratch
@@ -183,6 +182,9 @@ class ChangeLog:
         """Where `owner` receives next: room for `needed` bytes (0: whatever comes). None: claim first."""
         if self._owner is not owner or self.limit - self.free < (needed or MIN_BUFFER_BYTES):
             return None
+        if needed and self.free - self.start >= SEAL_BYTES:
+            # To the request's end and no further: then the frame is sealed without anything to be moved to the next.
+            return self.data[self.free : self.free + needed]
         return self.data[self.free : self.limit]
 
     def disown(self, owner: Owner) -> None:
@@ -229,7 +231,9 @@ class ChangeLog:
                 self.data[self.start : self.start + len(rest)] = rest
                 owner.parsed, self.free = self.start, self.start + len(rest)
             return
-        if self.free - self.start >= SEAL_BYTES or self._count == STAGING_CAPACITY:
+        unparsed = self.free - self._owner.parsed if self._owner is not None else 0
+        large = self.free - self.start >= SEAL_BYTES and unparsed < MOVED_BYTES
+        if large or self._count == STAGING_CAPACITY:
             self.seal()
         self._wake()
 
@@ -286,7 +290,7 @@ class ChangeLog:
             region = self.data[self.start - HEADER_BYTES :]
             first = self.next_sequence - count
             length = frame.seal_in_place(region, payload_end - self.start, table, self._machine_id, first)
-            self._sealed(file, length)
+            self._sealed(file, length, table)
             self.data[STAGED_COUNT] = PACK_STAGED_COUNT.pack(0)
         self._count = 0
         self.start = self.free = self.limit = 0
@@ -372,11 +376,13 @@ class ChangeLog:
         sequence = self.next_sequence
         length = frame.seal_in_place(region, len(payload), table, self._machine_id, sequence)
         self.next_sequence += 1
-        self._sealed(file, length)
+        self._sealed(file, length, table)
         self._wake()
         return sequence
 
-    def _sealed(self, file: LogFile, length: int) -> None:
+    def _sealed(self, file: LogFile, length: int, table: bytes) -> None:
+        for observe in self.on_sealed:
+            observe(frame.table_view(table))
         file.sealed(length, self.next_sequence)
         if self.next_sequence + frame.ANEW_STEP // 2 > self.state.reserved_sequence:
             self.state.reserved_sequence = frame.anew_after(self.next_sequence + frame.ANEW_STEP)

@@ -3,7 +3,7 @@
 A checkpoint costs a sync of each, in threads; nobody waits for it. The order is what makes it right:
 
     1  begin a round: what is written from here on stays recorded
-    2  the maps of dirty regions durable, then the log, then the disks
+    2  the maps of dirty regions durable, then the log, then the digests, then the disks
     3  remember durably how far the log was: a log that comes back shorter has lost what no record covers
     4  retire what was not written since 1
 """
@@ -53,7 +53,13 @@ class Checkpointer:
         for regions in ladder.regions.values():
             await asyncio.to_thread(regions.sync)
         await ladder.log.sync()
+        for digests in ladder.digests.values():
+            await asyncio.to_thread(digests.sync)
+        for skipped in ladder.skipped.values():  # behind the log, whose sealing changes it
+            await asyncio.to_thread(skipped.sync)
         for disk in ladder.disks.values():
+            if not disk.is_served:
+                continue  # what others write to it is theirs to make durable
             try:
                 await asyncio.to_thread(disk.flush)
             except OSError:

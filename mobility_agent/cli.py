@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -17,10 +18,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mobility_agent.capture.fuse import session
+from mobility_agent.capture.trace import tracefs
 from mobility_agent.capture.trace.freeze import thaw_all
 from mobility_agent.capture.trace.tracked import BlockDevice
-from mobility_agent.service import Service
-from mobility_agent.settings import SETTINGS_VARIABLE, load_settings
+from mobility_agent.hooks import Hooks
+from mobility_agent.install import cli as install_cli
+from mobility_agent.running import Running
+from mobility_agent.settings import SETTINGS_VARIABLE, CaptureKind, load_settings
 from mobility_agent.state import StateDirectory
 from replicar.control.enrolment import enrol as enrol_with, read_passphrase
 from replicar.control.identity import Role
@@ -102,6 +107,8 @@ def run(
 ) -> None:
     """Serve the disks over NBD (or follow them) and replicate what is written to them, until SIGTERM.
 
+    SIGHUP has the settings read again: disks may be added, removed, or have grown.
+
     Settings (any of them also as REPLICAR_AGENT_<NAME> in the environment):
 
     directory = "/var/lib/replicar"   state: identity, change log
@@ -110,12 +117,21 @@ def run(
 
     audit_bytes_per_second = "4 MiB"   how fast the disks are read again to prove the copy; 0: not at all
 
+    copy_free_space = true   false: what file systems have free comes back as zeros and is not sent (inline capture)
+
     mark_every_seconds = 300   how often a recovery point is named by itself; 0: never
-    capture = "inline"   or "trace": follow mounted block devices where they are; freeze_budget_seconds = 0.5
+    capture = "inline"   or "trace": follow mounted block devices where they are; freeze_budget_seconds = 0.5;
+    or "scan": read the disks over and over; scan_every_seconds = 60
 
     journal_file_bytes, seed_bytes_per_second, rate_limit_bytes_per_second, seal_delay_seconds, heartbeat_seconds
 
-    and for each disk a table [[disks]] with name, path, and nbd (a socket path, or host:port on this machine)
+    application, a table with hooks (a directory), hook_timeout_seconds, mark_every_seconds: application-consistent
+    points
+
+    nbd_tls, a table with certificate, key and authority: then nbd addresses may lead off this machine
+
+    and for each disk a table [[disks]] with name, path, and nbd (a socket path, or host:port on this machine) or file
+    (a path that the disk is shown as, to put a loop device on) or both
     """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -124,7 +140,7 @@ def run(
     )
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     chosen = load_settings(settings)
-    _run(lambda: _serve(Service(chosen)))
+    _run(lambda: Running(settings, chosen).run())
 
 
 @app.command()
@@ -135,11 +151,41 @@ def thaw(
 ) -> None:
     """Thaw file systems that a traced machine's agent left frozen. For the unit's ExecStopPost; harmless otherwise.
 
-    An agent that dies is followed by a guard that thaws. Only if both are killed at one instant is anything left.
+    An agent that dies is followed by a guard that thaws. Only if both are killed at one instant is anything left. What
+    a killed agent left in the tracing file system is removed too.
     """
-    for disk in load_settings(settings).disks:
-        for mountpoint in thaw_all(BlockDevice(disk.path).family()):
-            print(f"thawed {mountpoint}")
+    chosen = load_settings(settings)
+    for disk in chosen.disks:
+        if disk.path.is_block_device():
+            for mountpoint in thaw_all(BlockDevice(disk.path).family()):
+                print(f"thawed {mountpoint}")
+    if chosen.application is not None:
+        hooks = Hooks(
+            chosen.application.hooks,
+            StateDirectory(chosen.directory).hooks,
+            timeout_seconds=chosen.application.hook_timeout_seconds,
+        )
+        _run(hooks.recover)
+    if chosen.capture is CaptureKind.TRACE:
+        with suppress(PermanentError):  # without a tracing file system nothing can have been left in one
+            tracefs.remove_stale()
+
+
+@app.command()
+def release(directory: Directory, as_json: Json = False) -> None:
+    """Take away the files of disks that are in use while no agent runs: their users get errors, and wait no longer."""
+    state = StateDirectory(directory)
+    if state.is_running():
+        raise PermanentError(
+            f"an agent runs on {directory}, and serves those files",
+            hint="unmount what is on them, then stop the agent: it takes them away itself",
+            path=str(directory),
+        )
+    released = [str(path) for path in session.release(state.keepers)]
+    if as_json:
+        print(json.dumps({"released": released}))
+    else:
+        print(f"Released {', '.join(released)}." if released else "No file is left.")
 
 
 @app.command()
@@ -167,6 +213,9 @@ def status(directory: Directory, as_json: Json = False) -> None:
         _show(facts)
 
 
+install_cli.add(app)
+
+
 def _show(facts: dict[str, Any]) -> None:
     console = Console()
     sender, control = facts["sender"], facts["config_server"]
@@ -184,22 +233,37 @@ def _show(facts: dict[str, Any]) -> None:
             f"{facts['rpo_p99_seconds']:.2f} s over ten minutes",
         ),
         ("behind", f"{behind:,} changes not in storage"),
-        ("journal", f"{_size(facts['journal_used_bytes'])} of {_size(facts['journal_limit_bytes'])}"),
+        ("journal", _journal(facts)),
         ("audit", _audit(facts)),
         ("captured", f"{_size(facts['bytes_captured'])} since the agent started, sent {_size(facts['bytes_sent'])}"),
     ]
     for disk in facts["disks"]:
         done = 100.0 * (1 - disk["dirty_bytes"] / disk["size_bytes"])
-        where = disk["path"] if traced else disk["nbd"]
+        where = disk["path"] if traced else " and ".join(filter(None, (disk["nbd"], disk.get("file"))))
         rows.append((f"disk {disk['name']}", f"{_size(disk['size_bytes'])}, {done:.1f} % replicated, at {where}"))
+        if disk.get("grown_bytes"):
+            text = f"by {_size(disk['grown_bytes'])}, which are not replicated yet: reload the agent (SIGHUP)"
+            rows.append((f"disk {disk['name']} has grown", text))
     if traced:
         rows += _trace_rows(capture)
+    if facts.get("application") is not None:
+        rows += _application_rows(facts["application"])
     for what, error in (("not sending", sender["error"]), ("config server", control["error"])):
         if error is not None:
             rows.append((what, f"{error['message']}; {error['hint']}" if error["hint"] else error["message"]))
     for name, text in rows:
         table.add_row(name, text)
     console.print(table, soft_wrap=True)
+
+
+def _journal(facts: dict[str, Any]) -> str:
+    text = f"{_size(facts['journal_used_bytes'])} of {_size(facts['journal_limit_bytes'])}"
+    full, left = facts.get("journal_full_seconds"), facts.get("copy_remaining_seconds")
+    if full is not None:
+        text += f", full in about {timedelta(seconds=round(full))} if it goes on so"
+    if left:
+        text += f"; all is copied in about {timedelta(seconds=round(left))}"
+    return text
 
 
 def _audit(facts: dict[str, Any]) -> str:
@@ -213,6 +277,15 @@ def _audit(facts: dict[str, Any]) -> str:
     age = max(facts["time_ns"] - audit["last_ended_ns"], 0) / 3.6e12
     left_out = f", {_size(audit['last_skipped_bytes'])} left out" if audit["last_skipped_bytes"] else ""
     return f"{text}; the last whole round ended {age:.1f} h ago{left_out}"
+
+
+def _application_rows(application: dict[str, Any]) -> list[tuple[str, str]]:
+    last, longest = application["last_pause_seconds"], application["longest_pause_seconds"]
+    text = "no point yet: `replicar tag --application` makes one"
+    if last is not None:
+        text = f"applications were held for {last * 1000:.0f} ms at the last point, {longest * 1000:.0f} ms at most"
+    rows = [("applications", text)]
+    return [*rows, ("MAY BE HELD STILL", application["trouble"])] if application["trouble"] else rows
 
 
 def _trace_rows(capture: dict[str, Any]) -> list[tuple[str, str]]:
@@ -237,14 +310,6 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-async def _serve(service: Service) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await service.run(stop)
 
 
 def _run(main: Callable[[], Coroutine[Any, Any, _T]]) -> _T:

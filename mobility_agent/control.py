@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
+from mobility_agent import groups
 from mobility_agent.auditing import Auditor
 from mobility_agent.gaps import Gaps
+from mobility_agent.groups import Groups
 from mobility_agent.ladder import Ladder
 from mobility_agent.marks import Marks
 from mobility_agent.metrics import Metrics
@@ -60,8 +62,6 @@ class Traced(Protocol):
 
     def summary(self) -> str: ...
 
-    async def carry_out(self, command: Command) -> None: ...
-
 
 class Control:
     """The control loop of one agent.
@@ -71,6 +71,8 @@ class Control:
         heartbeat_seconds: how often to report when nothing happens; None leaves it to the config server.
         auditor: None if nothing is audited.
         traced: the machine's trace capture, if that is how it is captured.
+        carry_out: does what is commanded, where that is not done while the heartbeat waits.
+        groups_of: holds the machine for group points.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class Control:
         heartbeat_seconds: float | None = None,
         auditor: Auditor | None = None,
         traced: Traced | None = None,
+        carry_out: Callable[[Command], Awaitable[None]] | None = None,
+        groups_of: Groups | None = None,
         randomness: random.Random | None = None,
     ) -> None:
         self.error: ReplicarError | None = None
@@ -99,6 +103,8 @@ class Control:
         self._metrics = metrics
         self._clock = clock
         self._traced = traced
+        self._carry_out = carry_out or marks.carry_out
+        self._groups = groups_of
         self._set_seconds = heartbeat_seconds
         self._auditor = auditor
         self._told_seconds = DEFAULT_HEARTBEAT_SECONDS
@@ -142,7 +148,8 @@ class Control:
                 instructions = await self._report(0.0 if first else self._interval())
                 failures, first, self.error = 0, False, None
                 await self._follow(instructions)
-                delay = begun + LEAST_SECONDS - self._clock.monotonic()
+                urgent = self._groups is not None and self._groups.report is not None
+                delay = 0.0 if urgent else begun + LEAST_SECONDS - self._clock.monotonic()
             except ReplicarError as error:
                 failures += 1
                 if self.error is None or self.error.message != error.message:
@@ -183,7 +190,10 @@ class Control:
             stored_until_ns=self._stored_until_ns(),
             errors=() if sender.error is None else (ErrorReport.of("sender", sender.error.as_dict()),),
             audit=self.audit,
+            journal_full_seconds=metrics.journal.seconds_until(log.limit_bytes),
+            copy_remaining_seconds=metrics.copying.seconds_until(0),
             capture=self._traced.summary()[:512] if self._traced is not None else "",
+            hold=self._groups.report if self._groups is not None else None,
             wait_seconds=wait_seconds,
         )
 
@@ -206,7 +216,7 @@ class Control:
                 name=disk.name,
                 size_bytes=disk.size_bytes,
                 seed_total_bytes=disk.size_bytes,
-                seed_done_bytes=disk.size_bytes - self._ladder.regions[disk.index].dirty_bytes,
+                seed_done_bytes=disk.size_bytes - min(self._ladder.dirty_bytes_of(disk.index), disk.size_bytes),
             )
             for disk in self._ladder.disks.values()
         )
@@ -227,6 +237,8 @@ class Control:
         instructions = await self._client.agent_heartbeat(heartbeat)
         self._marks.acknowledged(heartbeat.marks, heartbeat.refusals)
         self._gaps.acknowledged(heartbeat.gaps)
+        if self._groups is not None:
+            self._groups.acknowledged(heartbeat.hold)
         return instructions
 
     async def _follow(self, instructions: AgentInstructions) -> None:
@@ -241,9 +253,14 @@ class Control:
             await asyncio.to_thread(self._state.save_assignment, instructions.assignment)
             self._assigned = instructions.assignment
         failed: ReplicarError | None = None
+        if self._groups is not None:
+            await self._groups.judge(instructions.verdicts)
         for command in instructions.commands:
             try:
-                await (self._traced or self._marks).carry_out(command)
+                if command.kind == groups.COMMAND_KIND and self._groups is not None:
+                    await self._groups.carry_out(command)
+                else:
+                    await self._carry_out(command)
             except LimitError as error:
                 failed = error
             except OSError as error:  # the agent goes on serving its disks, which matters more
@@ -264,13 +281,3 @@ class Control:
         if renewed is not None:
             _log.info("the certificate was renewed")
             self._sender.use_certificate(renewed)
-
-
-def regions_path(state: StateDirectory, index: int) -> Path:
-    """Where the map of a disk's dirty regions lies: beside the log, and removed with it."""
-    return state.log / f"disk-{index}.regions"
-
-
-def touched_path(state: StateDirectory, index: int) -> Path:
-    """Where the touched record of a disk lies: beside the log too."""
-    return state.log / f"disk-{index}.touched"

@@ -25,6 +25,11 @@ _INDEX_STEP: Final = 1 << 20
 _LENGTHS = struct.Struct("<II")  # payload bytes and count, at offset 8 of a frame's header
 
 
+def unmap(mapping: mmap.mmap) -> None:
+    with contextlib.suppress(BufferError):  # a transport still holds a view; the mapping goes with it
+        mapping.close()
+
+
 def making(path: Path) -> Path:
     """Where the change log that is to be at `path` is made."""
     return path.with_suffix(".new")
@@ -51,11 +56,21 @@ class LogFile:
 
     @classmethod
     def create(
-        cls, path: Path, machine_id: uuid.UUID, first_sequence: int, file_bytes: int, created_ns: int
+        cls,
+        path: Path,
+        machine_id: uuid.UUID,
+        first_sequence: int,
+        file_bytes: int,
+        created_ns: int,
+        *,
+        mapping: mmap.mmap | None = None,
     ) -> LogFile:
         """Make the file at `path`, over the space of what lies at `making(path)`, if anything does.
 
         It gets its name when it has its header, so that a file of that name is a change log whenever the agent dies.
+
+        Args:
+            mapping: of what lies there, if it is mapped still.
 
         Raises:
             LimitError: the file system has no room for it.
@@ -74,7 +89,7 @@ class LogFile:
                     hint="free space there, or set a smaller journal_bytes",
                     path=str(path),
                 ) from None
-            mapping = mmap.mmap(fd, file_bytes)
+            mapping = mmap.mmap(fd, file_bytes) if mapping is None else mapping
         except BaseException:
             os.close(fd)
             raise
@@ -148,14 +163,13 @@ class LogFile:
 
     def close(self) -> None:
         """Unmap; views handed out before keep their memory until they go."""
-        self.data.release()
-        with contextlib.suppress(BufferError):  # a transport still holds a view; the mapping goes with it
-            self._mapping.close()
-        os.close(self._fd)
+        unmap(self.retire())
 
-    def remove(self) -> None:
-        self.close()
-        os.unlink(self.path)
+    def retire(self) -> mmap.mmap:
+        """Close all but the mapping, and give that away: with it the file's pages need not be faulted in again."""
+        self.data.release()
+        os.close(self._fd)
+        return self._mapping
 
     def _lengths(self, offset: int) -> tuple[int, int]:
         payload_bytes, count = _LENGTHS.unpack_from(self.data, offset + 8)

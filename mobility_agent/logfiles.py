@@ -1,12 +1,13 @@
 """The row of files that a change log is: oldest first, the last one active, all of one size, bounded in number.
 
 A file whose frames are all in storage is kept as a spare: its blocks are allocated already, and the next file is made
-of it. Files and spares together stay within the limit.
+of it. Files and spares together stay within the limit. The spares that are used next stay mapped.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import uuid
 from collections import deque
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from mobility_agent.logfile import LogFile, making
+from mobility_agent.logfile import LogFile, making, unmap
 from replicar.clock import Clock
 from replicar.errors import ConflictError, CorruptionError, LimitError
 from replicar.formats import changelog, frame
 
+#: Spares that stay mapped.
+_MAPPED_SPARES: Final = 4
 #: What `take` returns at most, unless one frame alone is more.
 TAKE_BYTES: Final = 1 << 20
 
@@ -64,7 +67,7 @@ class LogFiles:
         self._max_files = limit_bytes // file_bytes
         self._clock = clock
         self._files: deque[LogFile] = deque()
-        self._spares: list[Path] = []
+        self._spares: list[tuple[Path, mmap.mmap | None]] = []
         self._torn: list[LogFile] = []
 
     @property
@@ -149,10 +152,13 @@ class LogFiles:
             if len(self._files) >= self._max_files + (not follows):
                 return False
         path = self._directory / f"changes-{next_sequence:016x}.hrl"
+        mapping = None
         if self._spares:
-            os.replace(self._spares.pop(), making(path))
+            spare, mapping = self._spares.pop()
+            os.replace(spare, making(path))
+        now_ns = self._clock.now_ns()
         try:
-            created = LogFile.create(path, self._machine_id, next_sequence, self._file_bytes, self._clock.now_ns())
+            created = LogFile.create(path, self._machine_id, next_sequence, self._file_bytes, now_ns, mapping=mapping)
         except LimitError:
             return False  # the file system is full: the same as a full log, and the ladder says so
         self._files.append(created)
@@ -162,13 +168,18 @@ class LogFiles:
         """Give back the files that hold nothing behind `stored_sequence`; the active one stays."""
         while len(self._files) > 1 and self._files[0].next_sequence <= stored_sequence + 1:
             file = self._files.popleft()
-            file.close()
-            if len(self._files) + len(self._spares) < self._max_files:
-                spare = file.path.with_suffix(".spare")
-                os.replace(file.path, spare)
-                self._spares.append(spare)
-            else:
+            if len(self._files) + len(self._spares) >= self._max_files:
+                file.close()
                 os.unlink(file.path)
+                continue
+            spare, mapping = file.path.with_suffix(".spare"), file.retire()
+            os.replace(file.path, spare)
+            mapped = sum(kept is not None for _, kept in self._spares)
+            if mapped < _MAPPED_SPARES and len(mapping) == self._file_bytes:  # others are an earlier setting's
+                self._spares.append((spare, mapping))
+            else:
+                unmap(mapping)
+                self._spares.insert(0, (spare, None))  # the mapped ones are used first
 
     def dirty(self) -> list[LogFile]:
         """The files that something was sealed in since they were last synced."""
@@ -178,6 +189,10 @@ class LogFiles:
         for file in self._files:
             file.close()
         self._files.clear()
+        for _, mapping in self._spares:
+            if mapping is not None:
+                unmap(mapping)
+        self._spares.clear()
 
     def _last_time_ns(self) -> int:
         for file in reversed(self._files):

@@ -21,7 +21,8 @@ A mark inside a gap is recorded, since the stream should show that somebody aske
 Marks by the clock (`schedule`) are commands that the agent gives itself. They are reported without a command, and of
 those only the last `MAX_SCHEDULED` are remembered, so that they don't drive out the marks that somebody asked for.
 
-Weak: crash consistency only. A command that wants application consistency is refused; claiming it would be a lie.
+An application-consistent mark is made while the operator's hooks hold the applications still (`hooks`), and says how
+long that took; if they can't be held, the command is refused: claiming it would be a lie.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mobility_agent.changelog import ChangeLog
+from mobility_agent.hooks import Hooks
 from mobility_agent.records import Record
 from replicar.control import files
 from replicar.control.messages import Command, CommandRefusal, MarkReport
@@ -68,6 +70,7 @@ class MadeMark:
     sequence: int = 0
     time_ns: int = 0
     in_gap: bool = False
+    pause_seconds: float | None = None
 
     @property
     def is_scheduled(self) -> bool:
@@ -82,12 +85,14 @@ class Marks:
         log: the stream they go into.
         path: where they are remembered.
         in_gap: whether a mark made now would lie in a gap.
+        hooks: hold applications still; None where there are none.
 
     Raises:
         CorruptionError: the file can't be read; going on without it could make a point twice.
     """
 
-    def __init__(self, log: ChangeLog, path: Path, in_gap: Callable[[], bool]) -> None:
+    def __init__(self, log: ChangeLog, path: Path, in_gap: Callable[[], bool], *, hooks: Hooks | None = None) -> None:
+        self._hooks = hooks
         self._log = log
         self._path = path
         self._in_gap = in_gap
@@ -107,6 +112,18 @@ class Marks:
     def latest(self) -> MadeMark | None:
         """The last mark that was made."""
         return next((mark for mark in reversed(self._marks.values()) if mark.sequence), None)
+
+    def application_facts(self) -> dict[str, Any] | None:
+        """For the status: how long applications were held for the last points, and what is wrong with letting them go;
+        None without hooks."""
+        if self._hooks is None:
+            return None
+        pauses = [mark.pause_seconds for mark in self._marks.values() if mark.pause_seconds is not None]
+        return {
+            "last_pause_seconds": pauses[-1] if pauses else None,
+            "longest_pause_seconds": max(pauses, default=None),
+            "trouble": self._hooks.trouble,
+        }
 
     # --- after a restart ---
 
@@ -170,15 +187,61 @@ class Marks:
             except TransientError as error:
                 self._refuse(command.id, error)
 
+    # --- group points: the mark is prepared, then, at the instant that counts, put into the stream ---
+
+    async def prepare(self, command: Command) -> None:
+        """Have everything ready for a group's mark, so that nothing but the record is left to do.
+
+        Raises:
+            PermanentError, LimitError: it can't be made.
+        """
+        async with self._making:
+            await self._save(self._intent(self._wanted(command)))
+
+    def append_prepared(self, command: Command, *, pause_seconds: float) -> MadeMark:
+        """Put the mark into the stream. `settle` it next.
+
+        Raises:
+            LimitError: the change log is full.
+        """
+        item = self._wanted(command)
+        made = replace(self._record(item, self._intent(item)), pause_seconds=pause_seconds)
+        self._appended[item.mark_id] = made
+        return made
+
+    async def settle(self, made: MadeMark) -> None:
+        """Make an appended mark durable, and report it."""
+        async with self._making:
+            await self._log.sync()
+            await self._save(made)
+            self._appended.pop(made.mark_id, None)
+            self._remember(made)
+
+    def forget_prepared(self, command: Command) -> None:
+        """There will be no such mark."""
+        if command.id not in self._appended:
+            self._marks.pop(command.id, None)
+
     async def _make(self, item: record.Mark) -> MadeMark:
         made = self._appended.get(item.mark_id)
         if made is None:
-            made = await self._append(item)
+            made = await self._append_held(item)
         # Should a step from here on fail, the next try goes on with the record that is in the stream.
         await self._log.sync()
         await self._save(made)
         del self._appended[made.mark_id]
-        _log.info("mark %r made at sequence %d%s", made.name, made.sequence, " inside a gap" if made.in_gap else "")
+        where = " inside a gap" if made.in_gap else ""
+        pause = "" if made.pause_seconds is None else f", applications held for {made.pause_seconds:.3f} s"
+        _log.info("mark %r made at sequence %d%s%s", made.name, made.sequence, where, pause)
+        return made
+
+    async def _append_held(self, item: record.Mark) -> MadeMark:
+        if item.consistency is not Consistency.APPLICATION:
+            return await self._append(item)
+        assert self._hooks is not None, "`_wanted` refuses it without"
+        async with self._hooks.held(item.name) as held:
+            made = await self._append(item)
+        made = self._appended[item.mark_id] = replace(made, pause_seconds=round(held.pause_seconds, 4))
         return made
 
     async def _append(self, item: record.Mark) -> MadeMark:
@@ -217,9 +280,12 @@ class Marks:
                 hint="choose another name; `replicar points` lists those there are",
             )
         if command.consistency is Consistency.APPLICATION:
-            raise PermanentError(
-                "this agent makes no application-consistent points", hint="ask for a crash-consistent one"
-            )
+            if self._hooks is None:
+                raise PermanentError(
+                    "this agent has no hooks to hold applications still, so it makes no application-consistent points",
+                    hint="ask for a crash-consistent one, or set [application] hooks in the agent's settings",
+                )
+            self._hooks.programs()
         item = record.Mark(command.name, command.consistency, command.id)
         record.pack_record(item)  # before anything is remembered of it
         return item
@@ -236,6 +302,7 @@ class Marks:
                 time_ns=mark.time_ns,
                 command_id=None if mark.is_scheduled else mark.mark_id,
                 in_gap=mark.in_gap,
+                pause_seconds=mark.pause_seconds,
             )
             for mark in self._unreported.values()
         )
@@ -326,4 +393,5 @@ def _mark(entry: dict[str, Any]) -> MadeMark:
         sequence=int(entry["sequence"]),
         time_ns=int(entry["time_ns"]),
         in_gap=bool(entry["in_gap"]),
+        pause_seconds=None if entry.get("pause_seconds") is None else float(entry["pause_seconds"]),
     )

@@ -18,6 +18,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from mobility_agent.estimate import Estimate
+
 SAMPLE_SECONDS: Final = 0.1
 WINDOW_SAMPLES: Final = 6000  # ten minutes of RPO samples
 WINDOW_LAGS: Final = 16384
@@ -53,6 +55,8 @@ class Metrics:
         self.bytes_sent = 0
         self.connections = 0
         self.resends = 0
+        #: Bytes of the journal, and bytes still to be copied: when the one is full and the other done.
+        self.journal, self.copying = Estimate(), Estimate()
         self._rpo = Window(WINDOW_SAMPLES)
         self._lags = Window(WINDOW_LAGS)
         self._under_way: deque[tuple[int, int]] = deque()  # last sequence and first capture time of frames sent

@@ -21,22 +21,27 @@ def check(settings: AgentSettings, log_directory: Path) -> None:
         PermanentError: naming the first thing that is not right.
     """
     check_journal_space(settings, log_directory)
-    for disk in settings.disks:
-        path = settings.address(disk).path
-        if settings.capture is CaptureKind.INLINE and path is not None:
-            if not disk.nbd:
-                make_directory(path.parent)
-            check_socket(disk.name, path)
+    if settings.capture is not CaptureKind.INLINE:
+        return
+    given = {disk.name for disk in settings.disks if disk.nbd}
+    for name, address in settings.addresses.items():
+        if address.path is not None:
+            if name not in given:
+                make_directory(address.path.parent)
+            check_socket(name, address.path)
 
 
-def check_journal_space(settings: AgentSettings, log_directory: Path) -> None:
+def check_journal_space(settings: AgentSettings, log_directory: Path, *, where: Path | None = None) -> None:
     """The change log's limit must fit where it is kept: what it takes already, and what is free.
+
+    Args:
+        where: a directory on the same file system, should the settings' own not exist yet.
 
     Raises:
         PermanentError: it does not.
     """
     held = sum(entry.stat().st_blocks * 512 for entry in log_directory.iterdir()) if log_directory.is_dir() else 0
-    system = os.statvfs(settings.directory)
+    system = os.statvfs(where or settings.directory)
     free = system.f_bavail * system.f_frsize
     if held + free < settings.journal_bytes:
         raise PermanentError(

@@ -17,7 +17,8 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
+
+from mobility_agent import grown
 
 _MAGIC: Final = b"RPREGNS\x01"
 _PAGE: Final = 4096
@@ -29,7 +30,8 @@ class DirtyRegions:
     """The map of one disk.
 
     Args:
-        path: its file; made, with everything dirty, if it is missing or describes a disk of another size.
+        path: its file; made, with everything dirty, if it is missing or describes a disk that was larger. Of one that
+            was smaller, what was added is dirty.
     """
 
     def __init__(self, path: Path, disk_bytes: int, region_bytes: int = DEFAULT_REGION_BYTES) -> None:
@@ -40,10 +42,13 @@ class DirtyRegions:
         os.ftruncate(self._fd, _PAGE + self.regions)
         self._mapping = mmap.mmap(self._fd, _PAGE + self.regions)
         self._map = np.frombuffer(self._mapping, np.uint8, self.regions, _PAGE)
-        body = _HEADER.pack(_MAGIC, disk_bytes, region_bytes)
-        head = body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+        head = grown.header(_HEADER, _MAGIC, disk_bytes, region_bytes)
         if self._mapping[: len(head)] != head:
-            self.mark_all()
+            before = grown.size_before(_HEADER, _MAGIC, self._mapping[: len(head)], disk_bytes, region_bytes)
+            if before is None:
+                self.mark_all()
+            else:
+                self.mark(before, disk_bytes - before)
             self._mapping[: len(head)] = head
             os.fsync(self._fd)
 
@@ -62,6 +67,10 @@ class DirtyRegions:
 
     def mark_all(self) -> None:
         self._map[:] = 1
+
+    def is_dirty(self, first: int, end: int) -> bool:
+        """Whether any of the regions with these numbers is dirty."""
+        return bool(self._map[first:end].any())
 
     def dirty(self) -> npt.NDArray[np.int64]:
         """The numbers of the dirty regions, rising (shape (count,))."""

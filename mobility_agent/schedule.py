@@ -19,6 +19,7 @@ from mobility_agent.marks import COMMAND_KIND, SCHEDULED
 from replicar.clock import Clock
 from replicar.control.messages import Command
 from replicar.errors import ReplicarError
+from replicar.formats.record import Consistency
 
 #: A wall clock may be set; it is looked at this often.
 LOOK_SECONDS: Final = 10.0
@@ -33,6 +34,7 @@ class Schedule:
         carry_out: makes a mark, as an operator's command has it made.
         is_behind: whether the newest state can't be recovered just now.
         every_seconds: the interval, above 0.
+        consistency: of the marks; application-consistent ones are named "application-..." instead of "auto-...".
     """
 
     def __init__(
@@ -42,11 +44,14 @@ class Schedule:
         clock: Clock,
         *,
         every_seconds: int,
+        consistency: Consistency = Consistency.CRASH,
     ) -> None:
         self._carry_out = carry_out
         self._is_behind = is_behind
         self._clock = clock
         self._every_ns = every_seconds * 10**9
+        self._consistency = consistency
+        self._prefix = "auto" if consistency is Consistency.CRASH else str(consistency)
 
     async def run(self) -> None:
         """Make marks for ever; cancel to stop."""
@@ -64,11 +69,13 @@ class Schedule:
         return (time_ns // self._every_ns + 1) * self._every_ns
 
     async def _mark(self, now_ns: int) -> None:
-        name = f"auto-{datetime.fromtimestamp(now_ns // 10**9, UTC):%Y-%m-%dT%H:%M:%SZ}"
+        name = f"{self._prefix}-{datetime.fromtimestamp(now_ns // 10**9, UTC):%Y-%m-%dT%H:%M:%SZ}"
         if self._is_behind():
             _log.info("no mark %s: the newest state can't be had just now", name)
             return
         try:
-            await self._carry_out(Command(id=f"{SCHEDULED}{name}", kind=COMMAND_KIND, name=name))
+            await self._carry_out(
+                Command(id=f"{SCHEDULED}{name}", kind=COMMAND_KIND, name=name, consistency=self._consistency)
+            )
         except (ReplicarError, OSError) as error:
             _log.warning("the mark %s is left out: %s", name, error)

@@ -1,9 +1,8 @@
 """The agent as a service: opens what there is in the right order, runs its parts as one group of tasks, closes it all.
 
-    state directory, locked -> identity -> disks -> change log -> ladder -> NBD served
+    state directory, locked -> identity -> disks, change log, ladder (`core`)
+        -> NBD served, or disks followed (`traced`), or read in passes (`scanned`)
         -> sender, seeder, auditor, schedule, control
-    state directory, locked -> identity -> disks -> change log -> ladder -> NBD served -> sender, seeder, control
-                                                                      or disks followed (trace capture; `traced`)
 
 Nothing is served before the change log is open, and nothing is closed before serving has ended. On a stop signal: no
 more NBD requests are taken, the parts are cancelled, the disks and the log are made durable, in this order. What was
@@ -19,55 +18,43 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+import ssl
+from collections.abc import Coroutine, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from mobility_agent import preflight, traced
 from mobility_agent.auditing import Auditor
-from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.inline import InlineCapture
-from mobility_agent.capture.trace.tracked import TrackedDisk
+from mobility_agent.capture.nbd_tls import server_context
 from mobility_agent.checkpoint import Checkpointer
-from mobility_agent.control import Control, regions_path, touched_path
-from mobility_agent.gaps import Gaps
-from mobility_agent.ladder import Ladder
-from mobility_agent.marks import Marks
+from mobility_agent.commands import CommandQueue
+from mobility_agent.control import Control
+from mobility_agent.core import Core, open_core
+from mobility_agent.groups import Groups
 from mobility_agent.metrics import SAMPLE_SECONDS, Metrics
-from mobility_agent.records import Record, RecordedLog, held_records
-from mobility_agent.regions import DirtyRegions
+from mobility_agent.records import RecordedLog
 from mobility_agent.retry import first_of
+from mobility_agent.scanned import ScannedMachine
 from mobility_agent.schedule import Schedule
 from mobility_agent.seeding import Seeder
 from mobility_agent.sender import Sender, SenderState
 from mobility_agent.settings import AgentSettings, CaptureKind
-from mobility_agent.state import StateDirectory, boot_id
-from mobility_agent.touched import TouchedRegions
+from mobility_agent.state import (
+    StateDirectory,
+)
 from mobility_agent.traced import TracedMachine
 from replicar.clock import Clock, SystemClock
 from replicar.control.client import ControlClient
-from replicar.control.identity import Identity, Role
 from replicar.errors import PermanentError
+from replicar.formats.record import Consistency
 
 STATUS_SECONDS: Final = 1.0
 Capture: TypeAlias = InlineCapture | TracedMachine
+#: What follows the disks where they are not served.
+_FOLLOWERS: Final = {CaptureKind.TRACE: TracedMachine, CaptureKind.SCAN: ScannedMachine}
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Core:
-    """The parts that hold the disks and the log; all of them open."""
-
-    state: StateDirectory
-    identity: Identity
-    log: RecordedLog
-    ladder: Ladder
-    marks: Marks
-    gaps: Gaps
 
 
 class Service:
@@ -83,6 +70,7 @@ class Service:
         self._clock: Clock = clock or SystemClock()
         self._started_ns = self._clock.now_ns()
         self.metrics = Metrics()
+        self._seeder: Seeder | None = None
         #: Set once the disks are served.
         self.ready = asyncio.Event()
 
@@ -93,10 +81,13 @@ class Service:
             ReplicarError: it can't begin, or its disks or change log failed.
         """
         with StateDirectory(self._settings.directory) as state:
-            async with self._core(state) as core, ControlClient(core.identity, clock=self._clock) as client:
+            async with (
+                open_core(self._settings, state, self._clock) as core,
+                ControlClient(core.identity, clock=self._clock) as client,
+            ):
                 await self._serve(core, client, stop)
 
-    async def _serve(self, core: _Core, client: ControlClient, stop: asyncio.Event) -> None:
+    async def _serve(self, core: Core, client: ControlClient, stop: asyncio.Event) -> None:
         settings, clock = self._settings, self._clock
         sender = Sender(
             core.log,
@@ -109,8 +100,10 @@ class Service:
         )
         auditor = self._auditor(core)
         follower = None
-        if settings.capture is CaptureKind.TRACE:
-            follower = TracedMachine(core.ladder, core.marks, core.gaps, settings, clock)
+        if (kind := _FOLLOWERS.get(settings.capture)) is not None:
+            follower = kind(core.ladder, core.marks, core.gaps, settings, clock)
+        commands = CommandQueue(core.marks.carry_out)  # hooks may take their time
+        groups = Groups(core.marks, None if follower is not None else core.ladder.gate, clock)
         control = Control(
             client,
             core.state,
@@ -123,11 +116,12 @@ class Service:
             heartbeat_seconds=settings.heartbeat_seconds,
             auditor=auditor,
             traced=follower,
+            carry_out=(follower or commands).carry_out,
+            groups_of=groups,
         )
-        seeder = Seeder(core.ladder, clock, bytes_per_second=settings.seed_bytes_per_second or 0)
-        addresses = {disk.name: settings.address(disk).listen for disk in settings.disks}
-        async with follower or InlineCapture(core.ladder, addresses) as capture:
-            for name, address in capture.addresses.items():
+        seeder = self._seeder = Seeder(core.ladder, clock, bytes_per_second=settings.seed_bytes_per_second or 0)
+        async with follower or self._inline(core) as capture:
+            for name, address in [*capture.addresses.items(), *settings.files.items()]:
                 _log.info("disk %s is served at %s", name, address)
             self.ready.set()
             await first_of(
@@ -136,82 +130,57 @@ class Service:
                 (follower or seeder).run(),
                 Checkpointer(core.ladder, clock).run(),
                 control.run(),
+                commands.run(),
                 self._measure(follower or core.log, sender),
                 self._publish(core, sender, control, capture),
-                *self._wanted(core, auditor, follower),
+                *self._wanted(core, auditor, follower, follower or commands),
             )
+        groups.close()
         _log.info("stopped: no more writes are taken")
         await core.log.sync()
         await self._save_status(core, sender, control, capture, running=False)
         await control.farewell()
 
-    def _auditor(self, core: _Core) -> Auditor | None:
+    def _inline(self, core: Core) -> InlineCapture:
+        addresses = {name: address.listen for name, address in self._settings.addresses.items()}
+        return InlineCapture(
+            core.ladder, addresses, files=self._settings.files, keepers=core.state.keepers, tls=self._nbd_tls()
+        )
+
+    def _nbd_tls(self) -> ssl.SSLContext | None:
+        files = self._settings.nbd_tls
+        return None if files is None else server_context(files.certificate, files.key, files.authority)
+
+    def _auditor(self, core: Core) -> Auditor | None:
         rate = int(self._settings.audit_bytes_per_second)
-        if not rate or self._settings.capture is CaptureKind.TRACE:
+        if not rate or self._settings.capture is not CaptureKind.INLINE:
             return None  # a traced disk is learned of too late for a hash to have a place in the stream
         return Auditor(core.ladder, self._clock, core.state.audit_file, bytes_per_second=rate)
 
     def _wanted(
-        self, core: _Core, auditor: Auditor | None, follower: TracedMachine | None
+        self,
+        core: Core,
+        auditor: Auditor | None,
+        follower: TracedMachine | None,
+        commands: TracedMachine | CommandQueue,
     ) -> Iterator[Coroutine[Any, Any, None]]:
         """The parts that the operator may switch off, as far as they are on."""
         if auditor is not None:
             yield auditor.run()
-        every = self._settings.mark_every_seconds
-        if every:
-            carry_out = follower.carry_out if follower is not None else core.marks.carry_out
-            # Trace capture is in a gap always, and says itself when it can't make a point.
-            yield Schedule(
-                carry_out, lambda: follower is None and core.ladder.in_gap, self._clock, every_seconds=every
-            ).run()
-
-    @asynccontextmanager
-    async def _core(self, state: StateDirectory) -> AsyncIterator[_Core]:
-        """Open disks and change log, and put the stream in order; close them with everything durable."""
-        settings = self._settings
-        identity = Identity.load(state.identity)
-        if identity.role is not Role.MACHINE:
-            raise PermanentError(
-                f"the identity in {state.identity} is a {identity.role}'s",
-                hint="enrol this machine: `mobility-agent enrol`",
-            )
-        preflight.check(settings, state.log)
-        traced.check(settings, state.log)
-        async with AsyncExitStack() as closing:
-            kind = TrackedDisk if settings.capture is CaptureKind.TRACE else Disk
-            disks = [closing.enter_context(kind(0, disk.name, disk.path)) for disk in settings.disks]
-            known = state.settle_disks(identity, {disk.name: disk.size_bytes for disk in disks})
-            for disk, settled in zip(disks, known, strict=True):
-                disk.index = settled.index
-            log = RecordedLog(
-                state.log,
-                identity.id,
-                first_sequence=identity.first_sequence,
-                limit_bytes=int(settings.journal_bytes),
-                boot_id=boot_id(),
-                clock=self._clock,
-                file_bytes=int(settings.journal_file_bytes),
-            )
-            closing.push_async_callback(_close, log, disks)
-            state.log_begun(identity)
-            regions: dict[int, DirtyRegions] = {}
-            touched: dict[int, TouchedRegions] = {}
-            for disk in disks:
-                if isinstance(disk, TrackedDisk):
-                    regions[disk.index] = traced.open_regions(state, disk)
-                else:
-                    regions[disk.index] = DirtyRegions(regions_path(state, disk.index), disk.size_bytes)
-                closing.callback(regions[disk.index].close)
-                touched[disk.index] = TouchedRegions(touched_path(state, disk.index), disk.size_bytes)
-                closing.callback(touched[disk.index].close)
-            ladder = Ladder(log, disks, regions, touched)
-            gaps = Gaps(state.path / "gaps.json")
-            closing.push_async_callback(gaps.save)
-            marks = Marks(log, state.marks_file, lambda: ladder.in_gap)
-            _remember(log, gaps, marks)
-            log.on_record = gaps.observe
-            ladder.start()
-            yield _Core(state, identity, log, ladder, marks, gaps)
+        application = self._settings.application
+        for consistency, every in (
+            (Consistency.CRASH, self._settings.mark_every_seconds),
+            (Consistency.APPLICATION, application.mark_every_seconds if application is not None else 0),
+        ):
+            if every:
+                # Trace capture is in a gap always, and says itself when it can't make a point.
+                yield Schedule(
+                    commands.carry_out,
+                    lambda: follower is None and core.ladder.in_gap,
+                    self._clock,
+                    every_seconds=every,
+                    consistency=consistency,
+                ).run()
 
     async def _measure(self, captured: RecordedLog | TracedMachine, sender: Sender) -> None:
         while True:
@@ -220,17 +189,20 @@ class Service:
             self.metrics.sample_rpo(oldest_ns, now_ns, protected=protected)
             await self._clock.sleep(SAMPLE_SECONDS)
 
-    async def _publish(self, core: _Core, sender: Sender, control: Control, capture: Capture) -> None:
+    async def _publish(self, core: Core, sender: Sender, control: Control, capture: Capture) -> None:
         while True:
             try:
                 await core.gaps.save()
             except PermanentError as error:  # a full disk; replication goes on, and the stream has the gaps anyway
                 _log.warning("the gaps are not remembered now: %s", error)
+            now = self._clock.monotonic()
+            self.metrics.journal.sample(now, core.log.used_bytes)
+            self.metrics.copying.sample(now, core.ladder.dirty_bytes)
             await self._save_status(core, sender, control, capture)
             await self._clock.sleep(STATUS_SECONDS)
 
     async def _save_status(
-        self, core: _Core, sender: Sender, control: Control, capture: Capture, *, running: bool = True
+        self, core: Core, sender: Sender, control: Control, capture: Capture, *, running: bool = True
     ) -> None:
         status = self._status(core, sender, control, capture, running=running)
         try:
@@ -239,9 +211,9 @@ class Service:
             _log.warning("the status can't be written: %s", error)  # a full disk; replication goes on
 
     def _status(
-        self, core: _Core, sender: Sender, control: Control, capture: Capture, *, running: bool
+        self, core: Core, sender: Sender, control: Control, capture: Capture, *, running: bool
     ) -> dict[str, Any]:
-        log, metrics = core.log, self.metrics
+        log, metrics, seeder = core.log, self.metrics, self._seeder
         rpo, lag = metrics.rpo_percentiles(), metrics.lag_percentiles()
         return {
             "machine": core.identity.name,
@@ -250,7 +222,7 @@ class Service:
             "time_ns": self._clock.now_ns(),
             "started_ns": self._started_ns,
             "state": str(control.machine_state) if running else "stopped",
-            "rung": traced.RUNG if isinstance(capture, TracedMachine) else str(core.ladder.rung),
+            "rung": capture.rung if isinstance(capture, TracedMachine) else str(core.ladder.rung),
             "capture": capture.facts() if isinstance(capture, TracedMachine) else {"kind": str(CaptureKind.INLINE)},
             "sender": sender.status.as_dict(),
             "config_server": {
@@ -265,57 +237,35 @@ class Service:
             "resends": metrics.resends,
             "journal_used_bytes": log.used_bytes,
             "journal_limit_bytes": log.limit_bytes,
+            "journal_full_seconds": metrics.journal.seconds_until(log.limit_bytes),
+            "copy_remaining_seconds": metrics.copying.seconds_until(0),
             "rpo_seconds": metrics.rpo_seconds,
             "rpo_p50_seconds": rpo[0],
             "rpo_p99_seconds": rpo[1],
             "lag_p50_seconds": lag[0],
             "lag_p99_seconds": lag[1],
             "marks": core.marks.count,
+            "application": core.marks.application_facts(),
             "audit": audit.model_dump() if (audit := control.audit) is not None else None,
             "in_gap": core.ladder.in_gap,
+            "dirty_bytes": core.ladder.dirty_bytes,
+            "resync_read_bytes": seeder.copied_bytes + seeder.equal_bytes if seeder is not None else 0,
+            "resync_sent_bytes": seeder.copied_bytes if seeder is not None else 0,
             "disks": [
                 {
                     "index": disk.index,
                     "name": disk.name,
                     "path": str(disk.path),
                     "size_bytes": disk.size_bytes,
+                    "grown_bytes": disk.grown_bytes(),
                     "nbd": _text(capture.addresses.get(disk.name)),
-                    "dirty_bytes": core.ladder.regions[disk.index].dirty_bytes,
+                    "file": str(self._settings.files.get(disk.name, "")),
+                    "dirty_bytes": core.ladder.dirty_bytes_of(disk.index),
+                    "left_out_bytes": core.ladder.left_out_bytes_of(disk.index),
                 }
                 for disk in core.ladder.disks.values()
             ],
         }
-
-
-def _remember(log: RecordedLog, gaps: Gaps, marks: Marks) -> None:
-    """Complete what is remembered of marks and gaps from the records that the log still holds."""
-    beginnings = [gaps.covered_sequence + 1]
-    if marks.search_from is not None:
-        beginnings.append(marks.search_from)
-    held: list[Record] = list(held_records(log, max(min(beginnings), log.first_sequence)))
-    for found in held:
-        gaps.observe(found)
-    marks.recover(held, gaps.holds)
-
-
-async def _close(log: RecordedLog, disks: Sequence[Disk]) -> None:
-    """Close the log as one that ended in good order, which it did once the disks hold what it says they hold.
-
-    Raises:
-        PermanentError: a disk can't be made durable; should the machine restart now, it is compared in full.
-    """
-    for disk in disks:
-        try:
-            await asyncio.to_thread(disk.flush)
-        except OSError as error:
-            await log.sync()
-            log.abandon()
-            raise PermanentError(
-                f"disk {disk.name} can't be made durable: {error.strerror}",
-                hint="look at the kernel's log for what is wrong with it",
-                disk=disk.name,
-            ) from error
-    await log.close()
 
 
 def _text(address: Path | tuple[str, int] | None) -> str:

@@ -6,6 +6,7 @@
     assignment.json    the process server it was last told to send to; used while the config server is away
     marks.json         the recovery points it made, by command; see `marks`
     audit.json         how far the audits are; see `auditing`
+    hooks/             what hooks keep between freeze and thaw, and whether something may be held; see `hooks`
     disks.json         which index each disk has in the stream, and the incarnation whose log was begun
     status.json        what `mobility-agent status` shows; rewritten every second, worth nothing after a restart
     lock               held, with the process id inside, while an agent runs
@@ -14,7 +15,10 @@ A disk keeps its index for good, since descriptors in storage name it by that. W
 kept apart from the log, so that a log that went missing is noticed: its sequence numbers were used, and beginning at
 them again would make two histories of one. Enrolling again raises the incarnation, which makes room above them.
 
-Weak: a disk that changed its size, or is not in the settings any more, is refused rather than followed.
+Disks come and go with the settings, at a start or a reload: one that is new gets an index that no other had, one that
+grew keeps its own, one that is gone is said to be removed, and its index is not used again.
+
+Weak: a disk that shrank is refused, since nobody can tell what became of the end of it.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ import logging
 import os
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -48,6 +53,15 @@ class KnownDisk:
     index: int
     name: str
     size_bytes: int
+    removed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SettledDisks:
+    """`present`: the disks of the settings, in their order; `gone`: whose removal the stream has not been told of."""
+
+    present: tuple[KnownDisk, ...]
+    gone: tuple[KnownDisk, ...] = ()
 
 
 def boot_id() -> bytes:
@@ -73,10 +87,12 @@ class StateDirectory:
         self.identity = path / "identity"
         self.log = path / "log"
         self.sockets = path / "nbd"
+        self.keepers = path / "files"
         self.assignment_file = path / "assignment.json"
         self.marks_file = path / "marks.json"
         self.audit_file = path / "audit.json"
         self.disks_file = path / "disks.json"
+        self.hooks = path / "hooks"
         self.status_file = path / "status.json"
         self.lock_file = path / "lock"
         self._lock_fd: int | None = None
@@ -152,7 +168,7 @@ class StateDirectory:
 
     # --- disks and the incarnation ---
 
-    def settle_disks(self, identity: Identity, disks: dict[str, int]) -> tuple[KnownDisk, ...]:
+    def settle_disks(self, identity: Identity, disks: dict[str, int]) -> SettledDisks:
         """Give each disk its index, and make sure that the change log is the one that belongs to this incarnation.
 
         The log of an older incarnation is removed: enrolling again means that the machine is compared in full, and
@@ -161,12 +177,8 @@ class StateDirectory:
         Args:
             disks: sizes in bytes by name, in the order of the settings.
 
-        Returns:
-            The disks in that order.
-
         Raises:
-            PermanentError: a disk has another size than the stream says, is missing from the settings, or the change
-                log of this incarnation is gone.
+            PermanentError: a disk has shrunk, or the change log of this incarnation is gone.
             CorruptionError: disks.json can't be read.
         """
         incarnation, known = self._load_disks()
@@ -183,19 +195,34 @@ class StateDirectory:
                 " is compared in full",
                 path=str(self.log),
             )
+        indices = {disk.name: disk.index for disk in known if not disk.removed}
+        following = max((disk.index for disk in known), default=-1) + 1
         if begun:
-            _refuse_changes(known, disks)
-        indices = {disk.name: disk.index for disk in known}
-        following = max(indices.values(), default=-1) + 1
+            _refuse_shrunk(known, disks)
         settled: list[KnownDisk] = []
         for name, size_bytes in disks.items():
             if name not in indices:
                 indices[name], following = following, following + 1
             settled.append(KnownDisk(indices[name], name, size_bytes))
+        used = {disk.index for disk in settled}
+        kept = [disk for disk in known if disk.index not in used]  # their indices are never used again
         if not begun:
-            kept = [disk for disk in known if disk.name not in disks]  # their indices are never used again
-            self._save_disks(None, [*kept, *settled])
-        return tuple(settled)
+            kept = [replace(disk, removed=True) for disk in kept]  # the stream begins anew, and names its disks itself
+        saved = [*kept, *settled]
+        if not begun or saved != known:
+            self._save_disks(incarnation, saved)
+        return SettledDisks(tuple(settled), tuple(disk for disk in kept if not disk.removed))
+
+    def disks_gone(self, gone: Sequence[KnownDisk]) -> None:
+        """The stream says durably that these are removed: what was kept about them goes."""
+        for disk in gone:
+            for place in (regions_path, touched_path, digests_path, skipped_path):
+                path = place(self, disk.index)
+                for found in path.parent.glob(f"{path.stem}.*"):
+                    found.unlink()
+        indices = {disk.index for disk in gone}
+        incarnation, known = self._load_disks()
+        self._save_disks(incarnation, [replace(d, removed=True) if d.index in indices else d for d in known])
 
     def log_begun(self, identity: Identity) -> None:
         """The change log of this incarnation exists from now on; call it before anything is captured."""
@@ -214,7 +241,10 @@ class StateDirectory:
             fields: dict[str, Any] = json.loads(data)
             incarnation = fields["incarnation"]
             known = [
-                KnownDisk(int(disk["index"]), str(disk["name"]), int(disk["size_bytes"])) for disk in fields["disks"]
+                KnownDisk(
+                    int(disk["index"]), str(disk["name"]), int(disk["size_bytes"]), bool(disk.get("removed", False))
+                )
+                for disk in fields["disks"]
             ]
             return (None if incarnation is None else int(incarnation)), known
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -251,28 +281,41 @@ class StateDirectory:
         return status
 
 
-def _refuse_changes(known: list[KnownDisk], disks: dict[str, int]) -> None:
-    again = "put it back as it was; or enrol this machine again under its name, after which it is compared in full"
+def _refuse_shrunk(known: list[KnownDisk], disks: dict[str, int]) -> None:
     for disk in known:
-        if disk.name in disks and disks[disk.name] != disk.size_bytes:
+        if not disk.removed and disks.get(disk.name, disk.size_bytes) < disk.size_bytes:
             raise PermanentError(
-                f"disk {disk.name} has {disks[disk.name]} bytes now, but {disk.size_bytes} when its replication began",
-                hint=again,
+                f"disk {disk.name} has {disks[disk.name]} bytes now, but {disk.size_bytes} when it was last replicated",
+                hint="put it back as it was; or give it another name in the settings: then it is a new disk of this"
+                " machine, and points from before keep the old one",
                 disk=disk.name,
                 size_bytes=disks[disk.name],
             )
-        if disk.name not in disks:
-            raise PermanentError(
-                f"disk {disk.name} is part of this machine's replication, but not of the settings",
-                hint=again,
-                disk=disk.name,
-            )
-    names = {disk.name for disk in known}
-    for name in disks:
-        if name not in names:
-            raise PermanentError(
-                f"disk {name} was not there when this machine's replication began",
-                hint="take it out of the settings; or enrol this machine again under its name, after which all of its"
-                " disks are compared in full",
-                disk=name,
-            )
+
+
+# What belongs to the change log lies beside it, and is removed with it.
+
+
+def regions_path(state: StateDirectory, index: int) -> Path:
+    """Where the map of a disk's dirty regions lies."""
+    return state.log / f"disk-{index}.regions"
+
+
+def touched_path(state: StateDirectory, index: int) -> Path:
+    """Where the touched record of a disk lies."""
+    return state.log / f"disk-{index}.touched"
+
+
+def digests_path(state: StateDirectory, index: int) -> Path:
+    """Where the digests of a disk's replica lie."""
+    return state.log / f"disk-{index}.digests"
+
+
+def skipped_path(state: StateDirectory, index: int) -> Path:
+    """Where the map of a disk's free regions lies that are left out."""
+    return state.log / f"disk-{index}.free"
+
+
+def extents_path(state: StateDirectory) -> Path:
+    """Where the row of extents lies that were written while the log was full."""
+    return state.log / "extents"

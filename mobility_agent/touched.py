@@ -19,11 +19,13 @@ import asyncio
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-import xxhash
+
+from mobility_agent import grown
 
 _MAGIC: Final = b"RPTOUCH\x01"
 _PAGE: Final = 4096
@@ -38,7 +40,8 @@ class TouchedRegions:
     `known` is False if there was no record of this disk to begin with: then nothing can be said about its past.
 
     Args:
-        path: the record's file; made if it is missing or describes a disk of another size.
+        path: the record's file; made if it is missing or describes a disk that was larger. One that grew was not
+            written where it is new.
     """
 
     def __init__(self, path: Path, disk_bytes: int) -> None:
@@ -47,11 +50,13 @@ class TouchedRegions:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, _PAGE + regions)
         self._file = mmap.mmap(self._fd, _PAGE + regions)
-        body = _HEADER.pack(_MAGIC, disk_bytes, REGION_BYTES)
-        head = body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
-        self.known = self._file[: len(head)] == head
+        head = grown.header(_HEADER, _MAGIC, disk_bytes, REGION_BYTES)
+        found = self._file[: len(head)]
+        before = grown.size_before(_HEADER, _MAGIC, found, disk_bytes, REGION_BYTES)
+        self.known = found == head or before is not None
         if not self.known:
             self._file[_PAGE:] = bytes(regions)
+        if found != head:
             self._file[: len(head)] = head
             os.fsync(self._fd)
         self._recorded = bytearray(self._file[_PAGE:])
@@ -78,11 +83,21 @@ class TouchedRegions:
         Raises:
             OSError: they can't be; nothing may be written there.
         """
-        first, end = offset >> REGION_SHIFT, ((offset + length - 1) >> REGION_SHIFT) + 1
+        await self.record_all([(offset, length)])
+
+    async def record_all(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """The same for many ranges (offset, length) at once.
+
+        Raises:
+            OSError: they can't be; nothing may be written there.
+        """
+        found = [(offset >> REGION_SHIFT, ((offset + length - 1) >> REGION_SHIFT) + 1) for offset, length in ranges]
         async with self._lock:
-            self._file[_PAGE + first : _PAGE + end] = b"\1" * (end - first)
+            for first, end in found:
+                self._file[_PAGE + first : _PAGE + end] = b"\1" * (end - first)
             await asyncio.to_thread(os.fdatasync, self._fd)
-            self._recorded[first:end] = self._active[first:end] = b"\1" * (end - first)
+            for first, end in found:
+                self._recorded[first:end] = self._active[first:end] = b"\1" * (end - first)
 
     @property
     def count(self) -> int:

@@ -21,7 +21,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,23 +28,19 @@ from mobility_agent.capture.inline import Address
 from mobility_agent.capture.trace.capture import Point, TraceCapture
 from mobility_agent.capture.trace.choice import Choice, Method, choose, choose_method, open_source
 from mobility_agent.capture.trace.tracked import TrackedDisk
-from mobility_agent.control import regions_path
+from mobility_agent.commands import CommandQueue
 from mobility_agent.gaps import Gaps
 from mobility_agent.ladder import Ladder
 from mobility_agent.marks import Marks
 from mobility_agent.regions import DirtyRegions
 from mobility_agent.retry import first_of
 from mobility_agent.settings import AgentSettings, CaptureKind
-from mobility_agent.state import StateDirectory
+from mobility_agent.state import StateDirectory, regions_path
 from replicar.clock import Clock
 from replicar.control.files import sync_directory
 from replicar.control.messages import Command
-from replicar.errors import PermanentError, ReplicarError, TransientError
+from replicar.errors import PermanentError, TransientError
 
-#: How long the control loop waits for a command; a point of a quiet machine takes a fraction of it.
-ANSWER_SECONDS: Final = 2.0
-#: Commands waiting here; the config server says the others again.
-MAX_WAITING: Final = 16
 #: Points not stored yet whose age is remembered; of more, only the oldest ones'.
 MAX_POINTS: Final = 1024
 #: What the status calls the rung of a machine that is captured so.
@@ -85,12 +80,6 @@ def open_regions(state: StateDirectory, disk: TrackedDisk) -> DirtyRegions:
     return regions
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    command: Command
-    done: asyncio.Future[ReplicarError | OSError | None]  # the error, rather than raising one nobody may wait for
-
-
 class TracedMachine:
     """Follows a machine's disks while it is entered; `run` does the work.
 
@@ -99,6 +88,8 @@ class TracedMachine:
         marks: make their points here from now on.
     """
 
+    #: What the status calls the rung of a machine that is captured so.
+    rung = RUNG
     #: Nothing is served; see `InlineCapture.addresses`.
     addresses: Mapping[str, Address] = {}
     capture: TraceCapture
@@ -107,8 +98,7 @@ class TracedMachine:
     def __init__(self, ladder: Ladder, marks: Marks, gaps: Gaps, settings: AgentSettings, clock: Clock) -> None:
         self._ladder, self._marks, self._gaps, self._settings, self._clock = ladder, marks, gaps, settings, clock
         self._disks = [disk for disk in ladder.disks.values() if isinstance(disk, TrackedDisk)]
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(MAX_WAITING)
-        self._waiting: dict[str, _Waiting] = {}
+        self._commands = CommandQueue(marks.carry_out)
         self._unstored: deque[tuple[int, int]] = deque(maxlen=MAX_POINTS)  # mark, and its first change's time
         self._point: Point | None = None
         self._points = 0
@@ -135,7 +125,7 @@ class TracedMachine:
 
     async def run(self) -> None:
         """Follow, copy and make points for ever; cancel to stop, before the context is left."""
-        await first_of(self.capture.run(), self._carry_out_forever())
+        await first_of(self.capture.run(), self._commands.run())
 
     @property
     def is_behind(self) -> bool:
@@ -150,21 +140,8 @@ class TracedMachine:
         return self._unstored[0][1] if self._unstored else self.capture.changed_since_ns
 
     async def carry_out(self, command: Command) -> None:
-        """Have a command done; returns when it is, or after a while: it will be said again, and found done.
-
-        Raises:
-            ReplicarError, OSError: see `Marks.carry_out`.
-        """
-        waiting = self._waiting.get(command.id)
-        if waiting is None:
-            if self._queue.full():
-                return
-            waiting = self._waiting[command.id] = _Waiting(command, asyncio.get_running_loop().create_future())
-            self._queue.put_nowait(waiting)
-        await asyncio.wait({waiting.done}, timeout=ANSWER_SECONDS)
-        error = waiting.done.result() if waiting.done.done() else None
-        if error is not None:
-            raise error
+        """Have a command done; returns when it is, or after a while (see `commands`)."""
+        await self._commands.carry_out(command)
 
     def facts(self) -> dict[str, Any]:
         """For the status."""
@@ -176,6 +153,7 @@ class TracedMachine:
             "is_whole": capture.is_whole,
             "dirty_bytes": capture.dirty_bytes,
             "copied_bytes": capture.copied_bytes,
+            "equal_bytes": capture.equal_bytes,
             "compared_in_full": capture.doubts,
             "points": self._points,
             "freeze_budget_seconds": self._settings.freeze_budget_seconds,
@@ -195,16 +173,6 @@ class TracedMachine:
         if self._refusal:
             words.append(f"no point: {self._refusal}")
         return ", ".join(words)
-
-    async def _carry_out_forever(self) -> None:
-        while True:
-            waiting, failed = await self._queue.get(), None
-            try:
-                await self._marks.carry_out(waiting.command)
-            except (ReplicarError, OSError) as error:
-                failed = error
-            del self._waiting[waiting.command.id]
-            waiting.done.set_result(failed)
 
     async def _make_point(self, append_mark: Callable[[], None]) -> None:
         """Bring the stream to a point and have the mark put there.

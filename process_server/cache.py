@@ -36,7 +36,7 @@ from typing import Final
 
 import xxhash
 
-from replicar.errors import CorruptionError, PermanentError
+from replicar.errors import CorruptionError, LimitError, PermanentError
 
 MAGIC: Final = b"RPCACHE\x01"
 VERSION: Final = 1
@@ -137,6 +137,7 @@ class CacheFile:
         """Write all ranges, then make them durable with one sync. Called by one thread at a time.
 
         Raises:
+            LimitError: there is no space; the same may be written again when there is.
             PermanentError: the disk refused; nothing of it counts as durable.
         """
         try:
@@ -144,6 +145,8 @@ class CacheFile:
                 self._write(each)
             os.fdatasync(self._descriptor)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full() from None
             raise self._failed("write", error) from None
 
     def sync(self) -> None:
@@ -203,6 +206,13 @@ class CacheFile:
                 raise OSError(errno.EIO, "a header was written in part")
         while start < each.end:
             start += os.pwritev(self._descriptor, [each.buffer[start : each.end]], place + PAGE_BYTES + start)
+
+    def _full(self) -> LimitError:
+        return LimitError(
+            f"the disk of the cache {self.path} is full",
+            hint="free some space there; until then changes are stored from memory, slower, and none are refused",
+            path=str(self.path),
+        )
 
     def _failed(self, what: str, error: OSError) -> PermanentError:
         return PermanentError(

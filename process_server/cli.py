@@ -17,6 +17,7 @@ import typer
 from process_server.health import load_status
 from process_server.service import ProcessServer
 from process_server.settings import DEFAULT_DIRECTORY, Settings, load_settings
+from process_server.watermarks import Level
 from replicar.clock import SystemClock
 from replicar.control.enrolment import RegistrationKey, enrol, read_passphrase
 from replicar.control.identity import Role
@@ -100,6 +101,18 @@ def run(
       segment_age_seconds = 0.2    uploads_per_machine = 4      heartbeat_seconds = 10
       log_stripes = 8              log_blob_bytes = 68719476736
 
+    \b
+    At the end of the file, if wanted:
+      [bandwidth]                  # what is uploaded; windows in this host's local time
+      bytes_per_second = 0         # outside all windows; 0: no limit
+      [[bandwidth.windows]]        # the first that applies counts
+      days = ["monday", "tuesday", "wednesday", "thursday", "friday"]
+      start = "08:00"
+      end = "18:00"
+      bytes_per_second = 5000000
+      [weights]                    # shares of cache and uploads, by machine; 1 for the others
+      shop = 4
+
     The environment overrides it: REPLICAR_PS_PORT=9444, REPLICAR_PS_STORAGE__CONTAINER=other.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -169,8 +182,10 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"written {written:%Y-%m-%d %H:%M:%S} UTC",
         f"agents reach it at {facts['host']}:{facts['port']}",
-        f"cache: {used:,} of {facts['cache_bytes']:,} bytes in use",
+        f"cache: {used:,} of {facts['cache_bytes']:,} bytes in use{_fullness(facts['cache_level'])}",
     ]
+    if facts["upload_limit"] is not None:
+        lines.append(f"uploads: limited to {facts['upload_limit']:,} bytes a second at this hour")
     lines += [f"{part}: {error['message']}; {error['hint']}" for part, error in facts["errors"].items()]
     for machine in facts["machines"]:
         counters = machine["counters"]
@@ -183,6 +198,15 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         if machine["error"] is not None:
             lines.append(f"    {machine['error']['message']}; {machine['error']['hint']}")
     return lines
+
+
+def _fullness(level: str) -> str:
+    """What the cache's level means, for whoever reads it; nothing while all is well."""
+    return {
+        Level.WARNING: "; less than 30 % is free: storage is slower than what comes in",
+        Level.CRITICAL: "; less than 25 % is free: storage is slower than what comes in, or away",
+        Level.THROTTLED: "; less than 20 % is free, and receiving is throttled: storage is away, or too slow",
+    }.get(Level(level), "")
 
 
 def _tell(as_json: bool, facts: dict[str, Any], text: str) -> None:

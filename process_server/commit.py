@@ -3,8 +3,11 @@
 While a sync runs, more arrives, and goes with the next one; so the cost of a sync is shared by whoever is there, and
 nobody waits for a timer. A short pause between commits keeps them from being tiny.
 
-An error of the cache ends the server: `run` raises it, and it must never be caught and forgotten. Acknowledging goes no
-further by then, and agents keep everything that is not stored.
+A full disk is waited out (the space is preallocated, but thin volumes and copying file systems promise what they don't
+have): nothing more is durable here, what is in memory is stored all the same, and memory is bounded.
+
+Any other error of the cache ends the server: `run` raises it, and it must never be caught and forgotten. Acknowledging
+goes no further by then, and agents keep everything that is not stored.
 """
 
 from __future__ import annotations
@@ -17,15 +20,20 @@ from typing import Final
 from process_server.cache import CacheFile, PageWrite, SlotHeader
 from process_server.slots import Slots
 from process_server.stream import Commit, Stream
+from replicar.errors import LimitError
 
 #: The least time from one commit's beginning to the next one's: at most 200 syncs a second.
 COMMIT_INTERVAL_SECONDS: Final = 0.005
+#: How long a full disk is left alone before the same is written again: at first, and at most.
+FULL_SECONDS: Final = 0.1
+LONGEST_FULL_SECONDS: Final = 5.0
 
 
 class Committer:
-    """Commits for all streams of one cache file."""
+    """Commits for all streams of one cache file. `error` says what it waits for, None while all is well."""
 
     def __init__(self, cache: CacheFile, slots: Slots) -> None:
+        self.error: LimitError | None = None
         self._cache = cache
         self._slots = slots
         self._dirty: dict[Stream, Callable[[], None]] = {}
@@ -69,11 +77,25 @@ class Committer:
         commits = [(stream, stream.begin_commit(), notify) for stream, notify in dirty.items()]
         writes = [write for stream, commit, _ in commits for write in _writes(stream, commit)]
         if writes:
-            await loop.run_in_executor(self._thread, self._cache.write, writes)
+            await self._write(loop, writes)
         for stream, commit, notify in commits:
             stream.end_commit(commit)
             self._slots.settle(stream, [slot for slot, *_ in commit.ranges])
             notify()
+
+    async def _write(self, loop: asyncio.AbstractEventLoop, writes: list[PageWrite]) -> None:
+        """Write and sync; the slots are pinned, so the same bytes can be written as often as it takes."""
+        pause = FULL_SECONDS
+        while True:
+            try:
+                await loop.run_in_executor(self._thread, self._cache.write, writes)
+            except LimitError as error:
+                self.error = error
+            else:
+                self.error = None
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_FULL_SECONDS)
 
 
 def _writes(stream: Stream, commit: Commit) -> list[PageWrite]:

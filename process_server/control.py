@@ -74,8 +74,10 @@ class Control:
                 if renewed is not None:
                     self._renewed(renewed)
                 instructions = await self._client.process_server_heartbeat(_heartbeat(self._health(), wait_seconds))
-                assignments.save(self._directory, instructions)
-                await self._apply(instructions.assignments)
+                try:
+                    assignments.save(self._directory, instructions)
+                finally:  # a full disk is an error to be shown, and no reason to serve nobody
+                    await self._apply(instructions.assignments)
             except ReplicarError as error:
                 self.error = error
                 await self._clock.sleep(pause * random.uniform(0.5, 1.0))

@@ -54,7 +54,10 @@ class MachineHealth:
 
 @dataclass(frozen=True, slots=True)
 class ServerHealth:
-    """The whole server now. `errors` says what stands in its way besides what machines say: an error for each part."""
+    """The whole server now. `errors` says what stands in its way besides what machines say: an error for each part.
+
+    `upload_limit`: bytes a second that may be uploaded at this hour, None for no limit.
+    """
 
     time_ns: int
     host: str
@@ -62,6 +65,8 @@ class ServerHealth:
     cache_bytes: int
     cache_bytes_free: int
     machines: tuple[MachineHealth, ...]
+    cache_level: str = "well"
+    upload_limit: int | None = None
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import uuid
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Final, cast
@@ -51,6 +52,7 @@ class Connection(asyncio.BufferedProtocol):
     Args:
         find: the machine of a verified id, or None.
         now: monotonic seconds.
+        came: told when the connection stands, and of which party; raises what it is refused with.
         gone: told when the connection is over.
     """
 
@@ -59,12 +61,12 @@ class Connection(asyncio.BufferedProtocol):
         find: MachineFinder,
         slots: Slots,
         now: Callable[[], float],
+        came: Callable[[Connection, uuid.UUID], None] = lambda _connection, _peer: None,
         gone: Callable[[Connection], None] = lambda _: None,
     ) -> None:
         self.state = State.INTRODUCING
         self.peer: PeerIdentity | None = None
-        self.refusal: ReplicarError | None = None  # said as soon as the connection stands, when it can't be served
-        self._find, self._slots, self._now, self._gone = find, slots, now, gone
+        self._find, self._slots, self._now, self._came, self._gone = find, slots, now, came, gone
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._machine: Machine | None = None
@@ -82,10 +84,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         _keep_alive(self._transport)
         try:
-            if self.refusal is not None:
-                raise self.refusal
             ssl_object = cast(ssl.SSLObject | None, transport.get_extra_info("ssl_object"))
             self.peer = peer_identity(ssl_object)
+            self._came(self, self.peer.id)
             if self.peer.role is not Role.MACHINE:
                 raise PermanentError(
                     f"a {self.peer.role} does not send a stream here", hint="only machines do: `mobility-agent run`"

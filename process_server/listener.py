@@ -1,10 +1,19 @@
-"""The listening socket and the connections that came of it."""
+"""The listening socket and the connections that came of it.
+
+A connection counts from the end of its TLS handshake on: what never gets that far (a port scan, a load balancer's look)
+is bounded by time and by the process's open files, and a connection that was never told to a protocol ends unheard.
+
+A machine may have a few connections at a time, a newer one beside those it replaces; more are refused, so that one
+machine's certificate can't take everybody's place.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import ssl
+import uuid
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
@@ -15,6 +24,7 @@ from replicar.errors import LimitError, PermanentError, TransientError
 
 #: Each costs some 100 KiB while idle; the most machines one process server is meant for is a few hundred.
 MAX_CONNECTIONS: Final = 4096
+MAX_CONNECTIONS_PER_MACHINE: Final = 4
 HANDSHAKE_SECONDS: Final = 10.0
 #: How long a connection that was told to go may take.
 GOODBYE_SECONDS: Final = 2.0
@@ -28,6 +38,7 @@ class Listener:
         self.port = 0
         self._find, self._slots, self._now = find, slots, now
         self._connections: set[Connection] = set()
+        self._by_peer: Counter[uuid.UUID] = Counter()
         self._nobody = asyncio.Event()
         self._nobody.set()
         self._server: asyncio.Server | None = None
@@ -68,17 +79,31 @@ class Listener:
             pass
 
     def _connection(self) -> Connection:
-        connection = Connection(self._find, self._slots, self._now, self._gone)
-        if len(self._connections) >= MAX_CONNECTIONS:
-            connection.refusal = LimitError(
+        return Connection(self._find, self._slots, self._now, self._came, self._gone)
+
+    def _came(self, connection: Connection, peer: uuid.UUID) -> None:
+        """A connection stands. Raises LimitError when there are too many."""
+        self._connections.add(connection)
+        self._by_peer[peer] += 1
+        self._nobody.clear()
+        if len(self._connections) > MAX_CONNECTIONS:
+            raise LimitError(
                 f"{MAX_CONNECTIONS} connections are open here already", hint="spread the machines over process servers"
             )
-        self._connections.add(connection)
-        self._nobody.clear()
-        return connection
+        if self._by_peer[peer] > MAX_CONNECTIONS_PER_MACHINE:
+            raise LimitError(
+                f"machine {peer} has {MAX_CONNECTIONS_PER_MACHINE} connections here already",
+                hint="do several agents share one identity? Stop all but one",
+            )
 
     def _gone(self, connection: Connection) -> None:
+        if connection not in self._connections:
+            return
         self._connections.discard(connection)
+        assert connection.peer is not None
+        self._by_peer[connection.peer.id] -= 1
+        if not self._by_peer[connection.peer.id]:
+            del self._by_peer[connection.peer.id]
         if not self._connections:
             self._nobody.set()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -25,9 +25,9 @@ from process_server.cache import CacheFile, SlotHeader
 from process_server.commit import Committer
 from process_server.health import Counters, MachineHealth, error_data
 from process_server.logwriter import LogLimits, LogWriter, Writer
-from process_server.pipeline import SEALED_AHEAD, CacheDamage, Pipeline
+from process_server.pipeline import CacheDamage, Pipeline
 from process_server.recovery import take_up
-from process_server.sealer import Sealer
+from process_server.sealer import DEFAULT_UPLOADS, SEALED_AHEAD, Sealer
 from process_server.slots import Slots
 from process_server.stream import LOST_LOG_HINT, Cutting, Slot, Stream
 from replicar.clock import Clock
@@ -74,12 +74,13 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What the settings say about a machine's stream."""
+    """What the settings say about machines' streams; `weights` by name, 1 for whoever is not named."""
 
     segment_age_seconds: float = 0.2
-    uploads: int = 4
+    uploads: int = DEFAULT_UPLOADS
     log: LogLimits = field(default_factory=LogLimits)
     reopen_seconds: float = REOPEN_SECONDS
+    weights: Mapping[str, int] = field(default_factory=dict)
 
     def cutting(self) -> Cutting:
         age = self.segment_age_seconds
@@ -327,7 +328,8 @@ class Machine:
         leftovers = self._leftovers
         found = await shop.sealer.run(take_up, shop.cache, leftovers, machine_id, stored_sequence)
         self._leftovers = []
-        stream = Stream(machine_id, stored_sequence, shop.tuning.cutting())
+        weight = shop.tuning.weights.get(self.assignment.name, 1)
+        stream = Stream(machine_id, stored_sequence, shop.tuning.cutting(), weight=weight)
         now = shop.clock.monotonic()
         for each in found:
             slot = Slot(each.index, each.header.serial, each.header.first_sequence, None)
@@ -384,6 +386,7 @@ class Machine:
         stream, self.stream, self._pipeline, self._damage = self.stream, None, None, None
         if stream is not None:
             self.workshop.slots.settle(stream, stream.abandon())
+            self.workshop.slots.forget(stream)
         for index, _ in self._leftovers:
             self.workshop.slots.release_index(index)
         self._leftovers = []

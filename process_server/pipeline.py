@@ -1,8 +1,8 @@
 """One machine's way from cache to storage: segments are sealed side by side, chained in order, uploaded side by side.
 
-Each segment is a task; a future orders them. A segment's number is given when it is cut, its digest and place when
-the one before has them, and it counts as stored when all before it are. So sealing uses all cores, uploads hide each
-other's latency, and still the log grows in one order.
+Each segment is a task; a future orders them. It is cut and gets its number when it is the machine's turn at the gate,
+its digest and place when the one before has them, and it counts as stored when all before it are. So sealing uses all
+cores, uploads hide each other's latency, and still the log grows in one order.
 
 Errors: a `TransientError` of storage repeats the same write, for ever, with bounded pauses: the machine waits, and
 nobody else does. Any other error ends the pipeline; whoever runs it opens the log again, or stops. Buffers go back to
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from process_server.cache import PAYLOAD_BYTES, CacheFile, page_ceiling, page_floor
+from process_server.gate import Pass
 from process_server.health import Counters
 from process_server.logwriter import LogWriter, Place, Writer
 from process_server.sealer import Frames, Sealer
@@ -32,8 +33,6 @@ from replicar.log.reader import Tail
 #: Pauses between tries of an upload that storage could not take; the store itself has tried for a while by then.
 RETRY_SECONDS: Final = 1.0
 LONGEST_RETRY_SECONDS: Final = 30.0
-#: Segments sealed ahead of the uploads, so that a free upload never waits for a processor.
-SEALED_AHEAD: Final = 2
 
 
 class CacheDamage(Exception):
@@ -82,6 +81,7 @@ class Pipeline:
         self.tail = log.tail
         self._stream, self._log, self._writer = stream, log, writer
         self._sealer, self._slots, self._cache = sealer, slots, cache
+        self._gate = sealer.gate
         self._clock, self._counters = clock, counters
         self._uploads = asyncio.Semaphore(uploads)
         self._on_stored, self._on_error = on_stored, on_error
@@ -89,7 +89,7 @@ class Pipeline:
         self._works: deque[_Work] = deque()
         self._number = log.tail.number
         self._last: _Work | None = None
-        self._outs: dict[_Work, memoryview] = {}
+        self._passes: dict[_Work, Pass] = {}
 
     def wake(self) -> None:
         """The stream has news for `tick`."""
@@ -100,14 +100,14 @@ class Pipeline:
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
-                    for each in self._stream.tick(self._clock.monotonic()):
-                        await self._start(group, each)
+                    while self._stream.is_due(self._clock.monotonic()):
+                        await self._start(group)
                     await self._sleep()
         except BaseExceptionGroup as errors:
             raise first_error(errors) from None
         finally:
             # A task that is cancelled before its first step runs no `finally` of its own.
-            for work in list(self._outs):
+            for work in list(self._passes):
                 self._give_back(work)
 
     async def _sleep(self) -> None:
@@ -121,9 +121,11 @@ class Pipeline:
                 pass
         self._news.clear()
 
-    async def _start(self, group: asyncio.TaskGroup, each: Segment) -> None:
+    async def _start(self, group: asyncio.TaskGroup) -> None:
         if not self._log.reserve():
             await self._roll()
+        found = await self._gate.admit(self._stream, lambda: self._stream.next_bytes)
+        [each] = self._stream.tick(self._clock.monotonic(), most=1)
         self._number += 1
         position = Position(
             self._writer.machine_id,
@@ -134,7 +136,7 @@ class Pipeline:
             each.last_sequence,
         )
         work = _Work(each, position, asyncio.get_running_loop().create_future())
-        self._outs[work] = await self._sealer.out.acquire()
+        self._passes[work] = found
         previous, self._last = self._last, work
         self._works.append(work)
         group.create_task(self._carry(work, previous))
@@ -150,7 +152,8 @@ class Pipeline:
     async def _carry(self, work: _Work, previous: _Work | None) -> None:
         """One segment from cut to stored."""
         try:
-            data, place = await self._seal(work, previous, self._outs[work])
+            data, place = await self._seal(work, previous, self._passes[work].buffer)
+            self._gate.sealed(self._passes[work].raw_bytes, len(data))
             async with self._uploads:
                 await self._upload(place, data)
         finally:
@@ -159,7 +162,7 @@ class Pipeline:
 
     def _give_back(self, work: _Work) -> None:
         work.chained.cancel()  # no effect once it has its result
-        self._sealer.out.give(self._outs.pop(work))
+        self._gate.give(self._passes.pop(work))
 
     async def _seal(self, work: _Work, previous: _Work | None, out: memoryview) -> tuple[memoryview, Place]:
         slot, stream = work.segment.slot, self._stream
@@ -209,6 +212,7 @@ class Pipeline:
                 self._on_error(error)
                 await self._clock.sleep(max(pause, error.retry_after_seconds or 0.0))
                 pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+                self._gate.spend(len(data))
             else:
                 return
 

@@ -116,7 +116,7 @@ class Receiver:
 
     def _place(self, data: bytes) -> None:
         """Bytes that are in no slot: find one for them, or stop reading until there is one."""
-        slot = self._slots.take(self._stream.next_sequence)
+        slot = self._slots.take(self._stream)
         if slot is None:
             self._block(data)
             return
@@ -127,7 +127,7 @@ class Receiver:
     def _block(self, data: bytes) -> None:
         self._aside, self._is_blocked = data, True
         self._line.pause()
-        self._slots.wait(self._unblock)
+        self._slots.wait(self._stream, self._unblock)
 
     def _should_wait(self) -> bool:
         return self._stream.is_ahead and self._stream.stored_sequence != self._outwaited
@@ -198,7 +198,7 @@ class Receiver:
         assert slot.buffer is not None
         rest = slot.buffer[slot.parsed : slot.filled]
         waits = self._should_wait()
-        following = None if waits else self._slots.take(self._stream.next_sequence)
+        following = None if waits else self._slots.take(self._stream)
         if waits:
             self._wait(bytes(rest))
         elif following is None:

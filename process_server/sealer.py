@@ -1,7 +1,8 @@
 """The threads that compress and encrypt: zstd and AES-GCM release the interpreter's lock, so all cores are used.
 
 Each thread keeps its compressor. What is sealed lies in buffers of a pool, one segment each, until it is uploaded; the
-pool is the limit of what all machines together have between cache and storage.
+pool is the limit of what all machines together have between cache and storage, and the gate in front of it says who has
+its turn.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from typing import Final, ParamSpec, TypeVar
 
 import zstandard
 
+from process_server.bandwidth import Pace
 from process_server.buffers import BufferPool
+from process_server.gate import Gate
 from replicar.errors import CorruptionError
 from replicar.formats import frame, segment
 from replicar.formats.frame import Frame
 from replicar.formats.segment import Position, SealedChunks
 
-#: 64 MiB: four uploads for each of four machines at full speed; more machines take turns.
+#: Large segments fill the gate's window first; this many small ones may be under way.
 SEALED_BUFFERS: Final = 16
+DEFAULT_UPLOADS: Final = 4
+#: Segments sealed ahead of the uploads, so that a free upload never waits for a processor.
+SEALED_AHEAD: Final = 2
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -35,16 +41,29 @@ class Sealer:
     Args:
         level: zstd's; -7 to 19, 0 stores as it is.
         salt: gives 32 fresh random bytes.
+        uploads: of one machine at once; what all have under way is enough for that.
+        pace: what may be uploaded; None for no limit.
     """
 
-    def __init__(self, level: int, *, threads: int | None = None, salt: Callable[[], bytes] | None = None) -> None:
-        self.out = BufferPool(segment.MAX_SEGMENT_BYTES, SEALED_BUFFERS)
+    def __init__(
+        self,
+        level: int,
+        *,
+        threads: int | None = None,
+        salt: Callable[[], bytes] | None = None,
+        uploads: int = DEFAULT_UPLOADS,
+        pace: Pace | None = None,
+    ) -> None:
+        window_bytes = (uploads + SEALED_AHEAD) * segment.MAX_SEGMENT_BYTES
+        buffers = max(SEALED_BUFFERS, uploads + SEALED_AHEAD + 1)
+        self.gate = Gate(BufferPool(segment.MAX_SEGMENT_BYTES, buffers), window_bytes, pace)
         self._level = level
         self._salt = salt or _random_salt
         self._local = threading.local()
         self._threads = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="seal")
 
     def close(self) -> None:
+        self.gate.close()
         self._threads.shutdown(wait=True)
 
     async def run(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from process_server import assignments
+from process_server.bandwidth import Pace
 from process_server.cache import CacheFile
 from process_server.commit import Committer
 from process_server.control import Control
@@ -87,7 +88,8 @@ class ProcessServer:
             found = await asyncio.to_thread(find, cache)
             slots = Slots(cache.slots, settings.buffers_bytes, next_serial=found.next_serial)
             slots.claim(index for items in found.by_machine.values() for index, _ in items)
-            sealer = Sealer(settings.compression_level)
+            pace = Pace(settings.bandwidth.schedule(), self._clock)
+            sealer = Sealer(settings.compression_level, uploads=settings.uploads_per_machine, pace=pace)
             stack.callback(sealer.close)
             store = self._store or open_store(settings.storage, clock=self._clock)
             await stack.enter_async_context(store)
@@ -139,6 +141,7 @@ class ProcessServer:
                 "config server": lambda: control.error,
                 "storage": lambda: container.error,
                 "status file": lambda: self._status_error,
+                "cache": lambda: workshop.committer.error,
             }
             background.append(group.create_task(control.run(), name="control"))
             background.append(group.create_task(self._report(workshop, listener.port), name="status"))
@@ -177,6 +180,8 @@ class ProcessServer:
             port=port,
             cache_bytes=workshop.slots.total_bytes,
             cache_bytes_free=workshop.slots.free_bytes,
+            cache_level=str(workshop.slots.level),
+            upload_limit=workshop.sealer.gate.rate,
             machines=tuple(machine.health() for machine in self.roster.machines()),
             errors={part: data for part, data in errors.items() if data is not None},
         )

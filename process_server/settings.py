@@ -12,6 +12,17 @@ honoured is worse than none.
     account_name = "NAME"
     account_key_file = "/etc/replicar/account.key"
     container = "replicar"
+
+    [bandwidth]
+    bytes_per_second = 0                 # 0: no limit
+    [[bandwidth.windows]]                # in this host's local time; the first that applies counts
+    days = ["monday", "tuesday", "wednesday", "thursday", "friday"]
+    start = "08:00"
+    end = "18:00"
+    bytes_per_second = 5000000
+
+    [weights]                            # shares of cache and uploads, by the machine's name; 1 for the others
+    shop = 4
 """
 
 from __future__ import annotations
@@ -20,14 +31,16 @@ import os
 import socket
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from process_server.bandwidth import DAYS, LEAST_BYTES_PER_SECOND, Day, Schedule, Window
 from process_server.cache import MIN_SLOTS, PAYLOAD_BYTES, SLOT_BYTES
 from process_server.logwriter import MIN_BLOB_BYTES, LogLimits
 from process_server.machine import Tuning
+from process_server.watermarks import MAX_WEIGHT
 from replicar.errors import PermanentError
 from replicar.formats.logblob import MAX_STRIPES
 from replicar.formats.wire import DEFAULT_PORT
@@ -36,8 +49,64 @@ from replicar.storage.target import StorageTarget
 ENVIRONMENT_PREFIX: Final = "REPLICAR_PS_"
 DEFAULT_DIRECTORY: Final = Path("/var/lib/replicar/process-server")
 MAX_BLOB_BYTES: Final = 8 << 40
+MAX_WINDOWS: Final = 64
+MAX_WEIGHTS: Final = 4096
 
 Bytes = Annotated[int, Field(gt=0)]
+Rate = Annotated[int, Field(ge=0, description="bytes a second; 0 for no limit")]
+TimeOfDay = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$")]
+Weight = Annotated[int, Field(ge=1, le=MAX_WEIGHT)]
+
+
+class WindowSettings(BaseModel):
+    """Hours of some days with a rate of their own; one that ends before it begins goes on past midnight."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    days: Annotated[tuple[Day, ...], Field(min_length=1, description="it begins on")] = DAYS
+    start: Annotated[TimeOfDay, Field(description="hh:mm, local time")]
+    end: Annotated[TimeOfDay, Field(description="hh:mm, local time")]
+    bytes_per_second: Rate
+
+    @model_validator(mode="after")
+    def _hold_something(self) -> Self:
+        if self.start == self.end:
+            raise ValueError("a window that ends when it begins; for whole days set the rate outside windows")
+        return self
+
+    def window(self) -> Window:
+        days = frozenset(DAYS.index(day) for day in self.days)
+        return Window(days, _minute(self.start), _minute(self.end), _rate(self.bytes_per_second))
+
+
+class BandwidthSettings(BaseModel):
+    """What may be uploaded, in bytes a second: outside all windows, and in them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes_per_second: Rate = 0
+    windows: Annotated[tuple[WindowSettings, ...], Field(max_length=MAX_WINDOWS)] = ()
+
+    @model_validator(mode="after")
+    def _move_something(self) -> Self:
+        for rate in (self.bytes_per_second, *(window.bytes_per_second for window in self.windows)):
+            if 0 < rate < LEAST_BYTES_PER_SECOND:
+                raise ValueError(
+                    f"{rate} bytes a second are too few: {LEAST_BYTES_PER_SECOND} at least, 0 for no limit"
+                )
+        return self
+
+    def schedule(self) -> Schedule:
+        return Schedule(_rate(self.bytes_per_second), tuple(window.window() for window in self.windows))
+
+
+def _minute(text: str) -> int:
+    hours, _, minutes = text.partition(":")
+    return int(hours) * 60 + int(minutes)
+
+
+def _rate(bytes_per_second: int) -> int | None:
+    return bytes_per_second or None
 
 
 class Settings(BaseSettings):
@@ -63,6 +132,8 @@ class Settings(BaseSettings):
     log_stripes: Annotated[int, Field(ge=1, le=MAX_STRIPES)] = 8
     log_blob_bytes: Annotated[int, Field(ge=MIN_BLOB_BYTES, le=MAX_BLOB_BYTES, multiple_of=512)] = 64 << 30
     heartbeat_seconds: Annotated[float, Field(gt=0, le=30, description="how often it reports")] = 10.0
+    bandwidth: BandwidthSettings = BandwidthSettings()
+    weights: Annotated[dict[str, Weight], Field(max_length=MAX_WEIGHTS, description="shares, by machine")] = {}
     storage: StorageTarget
 
     @classmethod
@@ -82,6 +153,7 @@ class Settings(BaseSettings):
             segment_age_seconds=self.segment_age_seconds,
             uploads=self.uploads_per_machine,
             log=LogLimits(stripes=self.log_stripes, blob_bytes=self.log_blob_bytes),
+            weights=self.weights,
         )
 
     def advertised_host(self) -> str:

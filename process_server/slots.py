@@ -4,20 +4,21 @@ A slot in use has a place in the file; it has a buffer too while it is received 
 short, slots that lie in the file whole give theirs up, the newest first (it will be sealed last), and are read back
 into a few buffers kept for that alone: so a cache larger than memory can't lock itself up.
 
-When the file is full, or every buffer is in use, a receiver gets nothing and waits here in line: it stops reading from
-its connection, so the agent keeps what it has. Nothing is dropped.
+When the file is full, or every buffer is in use, or the machine holds its share already (`watermarks`), a receiver gets
+nothing and waits here in line: it stops reading from its connection, so the agent keeps what it has, and nothing is
+dropped. A machine waits in one place, however often it connects.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
 from process_server.buffers import BufferPool
 from process_server.cache import PAYLOAD_BYTES, SLOT_BYTES
 from process_server.stream import Slot, Stream
+from process_server.watermarks import Level, allowance, level_of
 
 #: Buffers set aside for reading back what is in the file alone: one for each of a few segments under way.
 READBACK_BUFFERS: Final = 4
@@ -39,7 +40,7 @@ class Slots:
         self._next_serial = next_serial
         self._free = list(range(count))  # a heap: low places are used again and again, high ones seldom
         self._cold: dict[Slot, None] = {}
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: dict[Stream, Callable[[], None]] = {}
 
     @property
     def free_bytes(self) -> int:
@@ -55,9 +56,22 @@ class Slots:
         self._free = [index for index in self._free if index not in taken]
         heapq.heapify(self._free)
 
-    def take(self, first_sequence: int) -> Slot | None:
-        """A slot with a buffer, to receive into; None when there is none now."""
-        if not self._free:
+    @property
+    def level(self) -> Level:
+        return level_of(len(self._free), self.count)
+
+    @property
+    def waiting(self) -> int:
+        """Machines that wait for a slot."""
+        return len(self._waiting)
+
+    def may_take(self, stream: Stream) -> bool:
+        """Whether the machine may have one more slot, if there is one."""
+        return len(stream.slots) < allowance(len(self._free), self.count, stream.weight)
+
+    def take(self, stream: Stream) -> Slot | None:
+        """A slot with a buffer, to receive the stream's next frame into; None when there is none for it now."""
+        if not self._free or not self.may_take(stream):
             return None
         buffer = self._buffers.take()
         if buffer is None and self._cold:
@@ -65,13 +79,20 @@ class Slots:
             buffer, donor.buffer = donor.buffer, None
         if buffer is None:
             return None
-        slot = Slot(heapq.heappop(self._free), self._next_serial, first_sequence, buffer)
+        slot = Slot(heapq.heappop(self._free), self._next_serial, stream.next_sequence, buffer)
         self._next_serial += 1
         return slot
 
-    def wait(self, retry: Callable[[], None]) -> None:
-        """Call `retry` once when a slot may have become free; who waits longest is first."""
-        self._waiting.append(retry)
+    def wait(self, stream: Stream, retry: Callable[[], None]) -> None:
+        """Call `retry` once when there may be a slot for the machine; who waits longest is first.
+
+        A machine that waits already keeps its place; what it was to be told by is replaced.
+        """
+        self._waiting[stream] = retry
+
+    def forget(self, stream: Stream) -> None:
+        """The machine does not wait any more."""
+        self._waiting.pop(stream, None)
 
     def settle(self, stream: Stream, slots: Iterable[Slot]) -> None:
         """The slots' state changed: free those that are done, note which could give up their buffer."""
@@ -100,6 +121,10 @@ class Slots:
         self.release_index(slot.index)
 
     def _wake(self) -> None:
-        # Whoever has hung up meanwhile takes nothing, so the next one gets its turn.
-        while self._waiting and self._free and (self._buffers.has_free or self._cold):
-            self._waiting.popleft()()
+        # Whoever has hung up meanwhile takes nothing, so the next one gets its turn; who may not yet keeps its own.
+        for stream, retry in list(self._waiting.items()):
+            if not self._free or not (self._buffers.has_free or self._cold):
+                return
+            if self._waiting.get(stream) is retry and self.may_take(stream):
+                del self._waiting[stream]
+                retry()

@@ -112,10 +112,12 @@ class Stream:
 
     Args:
         stored_sequence: where the log in storage ends.
+        weight: of this machine beside the others, where they share something.
     """
 
-    def __init__(self, machine_id: uuid.UUID, stored_sequence: int, cutting: Cutting) -> None:
+    def __init__(self, machine_id: uuid.UUID, stored_sequence: int, cutting: Cutting, *, weight: int = 1) -> None:
         self.machine_id = machine_id
+        self.weight = weight
         self.next_sequence = stored_sequence + 1
         self.stored_sequence = stored_sequence
         self.open_slot: Slot | None = None
@@ -212,10 +214,22 @@ class Stream:
 
     # --- storage ---
 
-    def tick(self, now: float) -> list[Segment]:
-        """The segments to seal and store now, in order. They are under way until `stored` or `restart`."""
+    def is_due(self, now: float) -> bool:
+        """Whether `tick` would give a segment."""
+        if len(self._in_flight) >= self._cutting.in_flight:
+            return False
+        return bool(self._ready) or (self._growing is not None and now >= self._due(self._growing))
+
+    @property
+    def next_bytes(self) -> int:
+        """What the next segment would hold if it were cut now; 0 for none."""
+        following = self._ready[0] if self._ready else self._growing
+        return following.raw_bytes if following is not None else 0
+
+    def tick(self, now: float, *, most: int | None = None) -> list[Segment]:
+        """The segments to seal and store now, in order, or so many of them; under way until `stored` or `restart`."""
         taken: list[Segment] = []
-        while len(self._in_flight) < self._cutting.in_flight:
+        while len(self._in_flight) < self._cutting.in_flight and (most is None or len(taken) < most):
             if not self._ready and self._growing is not None and now >= self._due(self._growing):
                 self._cut(self._growing.slot)
             if not self._ready:
@@ -284,7 +298,7 @@ class Stream:
         Nothing may be under way (see `restart`). Returns the slots whose state changed.
         """
         assert not self._in_flight
-        self.close()
+        closed = self.close()  # it may hold no whole frame, and then nothing else would let go of it
         kept: list[Segment] = []
         dropped: list[Segment] = []
         for each in self._ready:
@@ -294,7 +308,8 @@ class Stream:
             each.slot.segments -= 1
         self.next_sequence = damaged.first_sequence
         self._durable_sequence = min(self._durable_sequence, self.next_sequence - 1)
-        return [each.slot for each in dropped]
+        changed = {each.slot: None for each in dropped} | ({closed: None} if closed is not None else {})
+        return list(changed)
 
     def abandon(self) -> list[Slot]:
         """Forget everything; returns the slots, to be settled."""

@@ -13,7 +13,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 "${PYTHON:-python3}" -m venv "$scratch/venv"
 "$scratch/venv/bin/python" -m pip install --quiet "pip-tools==$PIP_TOOLS"
-for name in requirements requirements-node; do
+for name in requirements requirements-agent requirements-node; do
     "$scratch/venv/bin/pip-compile" --quiet --generate-hashes --allow-unsafe --strip-extras --no-header \
         --annotation-style line --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
         --output-file "$name.txt" "$name.in"

@@ -15,11 +15,23 @@ say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
 stamp_of() { cat "$@" | sha256sum | cut -d ' ' -f 1; }
 
+# Databases are installed for tests that run their own; none is started, or left behind, as a service of this machine.
 apt_install() {
+    local policy=/usr/sbin/policy-rc.d clusters=/etc/postgresql-common/createcluster.d/replicar.conf made=
     say "apt-get install $*"
+    if [ ! -e $policy ]; then
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod 755 $policy
+        made=$policy
+    fi
+    if [ ! -e $clusters ]; then
+        mkdir -p "$(dirname $clusters)"
+        echo 'create_main_cluster = false' >$clusters
+    fi
     apt-get update -qq || fail "apt-get update failed; check this machine's package sources, then run make setup again"
     DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends "$@" >/dev/null \
-        || fail "apt-get install $* failed; the lines above say why"
+        || { rm -f $made; fail "apt-get install $* failed; the lines above say why"; }
+    rm -f $made
 }
 
 can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
@@ -134,6 +146,33 @@ azurite() {
     echo "$wanted" >$stamp
 }
 
+# The kernel of the guest that tests boot: Debian's own package, checked by apt, unpacked and not installed.
+guest_kernel() {
+    local package scratch module
+    [ ! -e .guest/vmlinuz ] || return 0
+    if ! can_install || [ "$(dpkg --print-architecture)" != amd64 ]; then
+        say "no kernel for guests (it takes root, apt and amd64); the test that boots one is skipped"
+        return 0
+    fi
+    package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -1)
+    if [ -z "$package" ]; then
+        apt-get update -qq
+        package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -1)
+    fi
+    [ -n "$package" ] || { say "no kernel for guests here: no linux-image-cloud-amd64"; return 0; }
+    say "the guest's kernel, $package"
+    scratch=$(mktemp -d)
+    chmod 755 "$scratch"
+    (cd "$scratch" && apt-get download -qq "$package" 2>/dev/null && dpkg -x ./*.deb unpacked) \
+        || { rm -rf "$scratch"; fail "apt-get download $package failed"; }
+    mkdir -p .guest/modules
+    for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk; do
+        find "$scratch/unpacked" -name "$module.ko" -exec cp {} .guest/modules/ \;
+    done
+    cp "$scratch"/unpacked/boot/vmlinuz-* .guest/vmlinuz
+    rm -rf "$scratch"
+}
+
 # Two set-ups in one tree (make demo beside make test) take turns.
 exec 9>.setup.lock
 flock 9
@@ -142,4 +181,5 @@ system_packages
 virtual_environment
 project
 azurite
+guest_kernel
 say "ready"

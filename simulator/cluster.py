@@ -17,10 +17,12 @@ Weak: a free port was free when it was looked for; the parts that must be told t
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -28,6 +30,7 @@ from typing import Any, Final, Self
 from azure.storage.blob.aio import BlobServiceClient
 from pydantic import SecretStr
 
+from mobility_agent.capture.fuse import session
 from replicar.control.client import ControlClient
 from replicar.control.identity import Identity
 from replicar.storage.store import PageBlobStore
@@ -49,9 +52,11 @@ class Cluster:
     Args:
         directory: made if need be; takes everything but the sockets.
         disks: name to raw image of each disk that the machine has; or to block device, where the agent settings say
-            that its capture is "trace".
+            that its capture is "trace"; "scan" takes either.
         agent_settings, process_server_settings: what to set besides, or instead of, what is set here.
         in_memory: whether Azurite keeps its blobs in memory.
+        agent_program: the words that start the agent, where it is not the one of this tree.
+        files: by disk, what it is shown as besides.
     """
 
     machine: Final = "shop"
@@ -65,9 +70,12 @@ class Cluster:
         agent_settings: Mapping[str, Any] | None = None,
         process_server_settings: Mapping[str, Any] | None = None,
         in_memory: bool = False,
+        agent_program: Sequence[str | Path] | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> None:
         self.directory = directory.resolve()
         self.disks = dict(disks)
+        self.files = dict(files or {})
         self.azurite = Azurite(self.directory / "azurite", in_memory=in_memory)
         self.vault = self.directory / "vault"
         self.process_server_directory = self.directory / "process-server"
@@ -82,7 +90,7 @@ class Cluster:
         self.config_server = self._child("config-server", "run", "--directory", self.vault)
         process_server_toml, agent_toml = self.process_server_directory / "settings.toml", self._agent_toml
         self.process_server = self._child("process-server", "run", "--settings", process_server_toml)
-        self.agent = self._child("mobility-agent", "run", "--settings", agent_toml)
+        self.agent = self._child("mobility-agent", "run", "--settings", agent_toml, program=agent_program)
 
     # --- the whole ---
 
@@ -116,6 +124,7 @@ class Cluster:
         # Nothing here waits on the event loop: this has to work while everything is being cancelled.
         for child in self.children:
             child.kill()
+        session.release(self.agent_directory / "files")  # what a killed agent showed waits for the next one, for ever
         self.azurite.kill()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
@@ -190,6 +199,9 @@ class Cluster:
 
     async def enrol_agent(self) -> None:
         await self._enrol("mobility-agent", self.agent_directory, self.machine)
+        self._write_agent_settings()
+
+    def _write_agent_settings(self) -> None:
         settings: dict[str, Any] = {
             "directory": str(self.agent_directory),
             "journal_bytes": 512 * MIB,
@@ -197,15 +209,42 @@ class Cluster:
             "heartbeat_seconds": HEARTBEAT_SECONDS,
         }
         disks = [{"name": name, "path": str(path)} for name, path in self.disks.items()]
-        if not self._is_traced:
+        if not self._is_followed:
             disks = [{**disk, "nbd": str(self.nbd(disk["name"]))} for disk in disks]
+        disks = [
+            disk | ({"file": str(self.files[disk["name"]])} if disk["name"] in self.files else {}) for disk in disks
+        ]
         write_toml(self._agent_toml, settings | self._agent_settings | {"disks": disks})
+
+    async def change_disks(self, disks: Mapping[str, Path]) -> None:
+        """Put other disks into the agent's settings, and have it reload them; returns when it has."""
+        self.disks = dict(disks)
+        self._write_agent_settings()
+        before = self.agent_status().get("started_ns")
+        process_id = self.agent.process_id
+        assert process_id is not None, "an agent runs"
+        os.kill(process_id, signal.SIGHUP)
+
+        def taken_up() -> bool:
+            status = self.agent_status()
+            named = [disk["name"] for disk in status.get("disks", ())]
+            return status.get("started_ns") != before and sorted(named) == sorted(self.disks)
+
+        await self.agent.until("taking up its disks", taken_up, READY_SECONDS)
+
+    def agent_status(self) -> dict[str, Any]:
+        """What the agent says of itself; empty before it says anything."""
+        path = self.agent_directory / "status.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found
 
     async def start_agent(self) -> None:
         self.agent.start()
-        if self._is_traced:
+        if self._is_followed:
             await self.agent.until(
-                "following its disks", lambda: "disks are followed" in self.agent.said(), READY_SECONDS
+                "following its disks",
+                lambda: any(words in self.agent.said() for words in ("disks are followed", "disks are scanned")),
+                READY_SECONDS,
             )
             return
         sockets = [self.nbd(name) for name in self.disks]
@@ -226,8 +265,8 @@ class Cluster:
     # --- below ---
 
     @property
-    def _is_traced(self) -> bool:
-        return self._agent_settings.get("capture") == "trace"
+    def _is_followed(self) -> bool:
+        return self._agent_settings.get("capture") in ("trace", "scan")
 
     @property
     def _agent_toml(self) -> Path:
@@ -240,8 +279,8 @@ class Cluster:
         mine: list[str | Path] = ["--directory", directory, "--name", name]
         (await command.run(part, "enrol", *server, *passphrase, *mine, *more)).require()
 
-    def _child(self, name: str, *arguments: str | Path) -> Child:
-        return Child(name, [*command.program(name), *arguments], self._logs / f"{name}.log")
+    def _child(self, name: str, *arguments: str | Path, program: Sequence[str | Path] | None = None) -> Child:
+        return Child(name, [*(program or command.program(name)), *arguments], self._logs / f"{name}.log")
 
     def _target_fields(self) -> dict[str, Any]:
         key_file = self.directory / "account-key"

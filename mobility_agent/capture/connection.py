@@ -5,9 +5,8 @@ of the same shape), so a write is not copied in this process; `pwrite` takes it 
 what arrived of an unfinished request when a frame is sealed (at most one request), and the answers to reads.
 
 Order of things for a write: its region recorded as touched (once in a while; only this connection waits for that), its
-descriptor into the log, its bytes to the disk, the answer. A disk that fails a write answers EIO to the client, and the
-range is distrusted: a gap begins before the client learns of it. A client that breaks the protocol is hung up on; that
-loses nothing that was acknowledged.
+descriptor into the log, its bytes to the disk (`writing`), the answer. A client that breaks the protocol is hung up on;
+that loses nothing that was acknowledged.
 
 Weak: reads, writes and hole punching run on the event loop's thread; a slow disk stalls the other disks of the agent.
 """
@@ -16,37 +15,43 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Mapping
 from typing import Final, Protocol, cast
 
 from mobility_agent.capture import nbd
 from mobility_agent.capture.disk import Disk
+from mobility_agent.capture.host import Host
 from mobility_agent.capture.nbd import REPLY, REPLY_MAGIC, REQUEST, REQUEST_MAGIC, Command, CommandFlag, Errno
-from mobility_agent.ladder import Ladder
-from mobility_agent.touched import TouchedRegions
+from mobility_agent.capture.reading import Reader, invalid
+from mobility_agent.capture.writing import Writer
 from replicar.errors import CorruptionError
 from replicar.formats.frame import SECTOR_BYTES, Kind
 
 #: Answers that a client does not fetch: beyond this its requests are not carried out any more.
 ANSWER_BYTES: Final = 8 << 20
+#: A client that has not chosen a disk by then is hung up on: it holds one of few connections.
+HANDSHAKE_SECONDS: Final = 30.0
 
 _log = logging.getLogger(__name__)
 _HEADER_BYTES: Final = REQUEST.size
 _UNALIGNED: Final = SECTOR_BYTES - 1
 _ZEROING: Final = (Command.TRIM, Command.WRITE_ZEROES)
+# Plain numbers: on the path of every request an enumeration's lookup, or its `&`, costs as much as the rest of a line.
+_NBD_WRITE: Final = int(Command.WRITE)
+_FUA: Final = int(CommandFlag.FUA)
+_WRITE: Final = int(Kind.WRITE)
 
 
-class Host(Protocol):
+class NbdHost(Host, Protocol):
     """What a connection needs of the server it belongs to."""
 
-    ladder: Ladder
     disks: Mapping[str, Disk]
     exports: Mapping[str, int]
+    tls: ssl.SSLContext | None
 
     def admit(self, connection: Connection) -> bool: ...
     def forget(self, connection: Connection) -> None: ...
-    def flush_soon(self, connection: Connection, disk: Disk, handle: int) -> None: ...
-    def record_soon(self, connection: Connection, disk: Disk, offset: int, length: int) -> None: ...
 
 
 class _LargeWrite:
@@ -61,11 +66,14 @@ class _LargeWrite:
 class Connection(asyncio.BufferedProtocol):
     """Handshake, then requests. An `Owner` of the change log's open frame."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: NbdHost, tls: nbd.Tls = nbd.Tls.NONE) -> None:
         self.parsed = 0
         self._host = host
         self._ladder, self._log = host.ladder, host.ladder.log
-        self._handshake: nbd.Handshake | None = nbd.Handshake(host.exports)
+        self._handshake: nbd.Handshake | None = nbd.Handshake(host.exports, tls)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._securing: asyncio.Task[None] | None = None
+        self._reader: Reader
         self._greeting = memoryview(bytearray(4096))
         self._carry = b""  # received and not parsed, while the open frame is somebody else's
         self._needed = 0  # bytes that the unfinished request at the end still lacks
@@ -73,20 +81,26 @@ class Connection(asyncio.BufferedProtocol):
         self._answers: list[bytes] = []
         self._answer_bytes = 0
         self._paused = self._recording = self._closing = False
+        self._holding = host.ladder.gate.is_closed
         self._disk: Disk
-        self._touched: TouchedRegions
+        self._writer: Writer
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is one without inheriting from it
         transport.set_write_buffer_limits(high=ANSWER_BYTES)
         if self._host.admit(self):
+            self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._give_up)
             transport.write(nbd.Handshake.greeting())
         else:
             transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._securing is not None:
+            self._securing.cancel()
         self._host.forget(self)
         self._log.disown(self)
 
@@ -98,6 +112,16 @@ class Connection(asyncio.BufferedProtocol):
         self._paused = False
         self._resume()
 
+    def hold(self) -> None:
+        """Carry out nothing more until `resume`."""
+        self._holding = True
+        if self._handshake is None:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        self._holding = False
+        self._resume()
+
     def recorded(self, error: OSError | None) -> None:
         """The region that a request waited for is recorded as touched, or can't be."""
         self._recording = False
@@ -106,7 +130,7 @@ class Connection(asyncio.BufferedProtocol):
         self._resume()
 
     def _resume(self) -> None:
-        if self._closing or self._paused or self._recording:
+        if self._closing or self._paused or self._recording or self._holding:
             return
         self._transport.resume_reading()
         if self._handshake is None and self._log.buffer(self, 0) is None:
@@ -154,13 +178,40 @@ class Connection(asyncio.BufferedProtocol):
             return
         if handshake.finished:
             self._transport.close()
+        elif handshake.starts_tls:
+            self._securing = asyncio.get_running_loop().create_task(self._secure(handshake))
         elif handshake.chosen is not None:
+            if self._deadline is not None:
+                self._deadline.cancel()
             self._disk = self._host.disks[handshake.chosen.export]
-            self._touched = self._ladder.touched[self._disk.index]
+            self._reader = Reader(self._disk, handshake.chosen)
+            self._writer = Writer(self._ladder, self._disk)
             self._handshake, self._carry = None, handshake.rest
             if self._carry:
                 self._claim()
                 self._process()
+
+    async def _secure(self, handshake: nbd.Handshake) -> None:
+        """Put TLS under the connection; the client has to show a certificate."""
+        self._transport.pause_reading()  # what comes now is TLS's
+        assert self._host.tls is not None, "TLS is offered where it can be had"
+        try:
+            secured = await asyncio.get_running_loop().start_tls(
+                self._transport, self, self._host.tls, server_side=True, ssl_handshake_timeout=HANDSHAKE_SECONDS
+            )
+        except (OSError, TimeoutError) as error:
+            _log.warning("an NBD client was refused: TLS with it failed: %s", error)
+            self._transport.abort()
+            return
+        assert secured is not None
+        self._transport = secured
+        self._transport.set_write_buffer_limits(high=ANSWER_BYTES)
+        handshake.secured()
+        self._transport.resume_reading()
+
+    def _give_up(self) -> None:
+        if self._handshake is not None:
+            self._hang_up("has not chosen a disk")
 
     def _claim(self) -> None:
         self._log.disown(self)  # what is unparsed moves along, by way of `release`
@@ -168,6 +219,9 @@ class Connection(asyncio.BufferedProtocol):
         self._ladder.claim(self, carry)
 
     def _process(self) -> None:
+        if self._holding:
+            self._transport.pause_reading()
+            return
         while self._requests():
             self._claim()  # the frame's table is full: go on in the next one
         self._log.batch_done()
@@ -192,7 +246,7 @@ class Connection(asyncio.BufferedProtocol):
             magic, flags, kind, handle, offset, length = unpack(data, at)
             if magic != REQUEST_MAGIC:
                 self._hang_up("sends no request where one belongs")
-            elif kind == Command.WRITE and length <= nbd.PREFERRED_MAX_BYTES:
+            elif kind == _NBD_WRITE and length <= nbd.PREFERRED_MAX_BYTES:
                 following = at + _HEADER_BYTES + length
                 if following > end:
                     self._needed = following - end
@@ -201,10 +255,10 @@ class Connection(asyncio.BufferedProtocol):
                 if not error and not self._may_touch(offset, length):
                     break
                 if not error:
-                    error = self._change(Kind.WRITE, offset, length, at + _HEADER_BYTES, time_ns)
+                    error = self._writer.change(_WRITE, offset, length, at + _HEADER_BYTES, time_ns)
                 self._done(handle, flags, error)
                 left, at = left - 1, following
-            elif kind == Command.WRITE:
+            elif kind == _NBD_WRITE:
                 self._begin_large(handle, flags, offset, length)
                 at += _HEADER_BYTES
             elif kind in _ZEROING and not self._invalid(offset, length) and not self._may_touch(offset, length):
@@ -217,11 +271,16 @@ class Connection(asyncio.BufferedProtocol):
 
     def _other(self, kind: int, flags: int, handle: int, offset: int, length: int, time_ns: int) -> None:
         if kind == Command.READ:
-            self._read(handle, offset, length)
+            self._answers += self._reader.read(flags, handle, offset, length)
+            self._answer_bytes += length
+            if self._answer_bytes > ANSWER_BYTES:
+                self._send()  # may pause this connection, and then no further request is carried out
+        elif kind == Command.BLOCK_STATUS and self._reader.tells_allocation:
+            self._answers += self._reader.allocation(flags, handle, offset, length)
         elif kind == Command.FLUSH:
             self._host.flush_soon(self, self._disk, handle)
         elif kind in _ZEROING:
-            error = self._invalid(offset, length) or self._change(Kind.ZERO, offset, length, 0, time_ns)
+            error = self._invalid(offset, length) or self._writer.change(Kind.ZERO, offset, length, 0, time_ns)
             self._done(handle, flags, error)
         elif kind == Command.DISC:
             self._send()
@@ -229,29 +288,9 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._done(handle, 0, Errno.EINVAL)
 
-    def _change(self, kind: Kind, offset: int, length: int, place: int, time_ns: int) -> int:
-        """Journal and do one write or zeroing; 0 or an NBD error."""
-        log, disk = self._log, self._disk
-        if log.ordered:
-            log.describe(kind, disk.index, offset, length, place, time_ns)
-        else:
-            self._ladder.regions[disk.index].mark(offset, length)
-        if offset < disk.watch_end and offset + length > disk.watch_start:
-            disk.touched(offset, length)
-        try:
-            if place:
-                disk.write(offset, log.data[place : place + length])
-            else:
-                disk.zero(offset, length)
-        except OSError as error:
-            _log.error("disk %s fails a write of %d bytes at %d: %s", disk.name, length, offset, error)
-            self._ladder.distrust(disk.index, offset, length)
-            return Errno.ENOSPC if error.errno == Errno.ENOSPC else Errno.EIO
-        return 0
-
     def _may_touch(self, offset: int, length: int) -> bool:
         """Whether a range may be written now; else it will be when its regions are recorded, and this goes on then."""
-        if self._touched.covers(offset, length):
+        if self._writer.may_touch(offset, length):
             return True
         self._recording = True
         self._transport.pause_reading()
@@ -274,7 +313,7 @@ class Connection(asyncio.BufferedProtocol):
         if not large.error and not self._may_touch(large.offset, piece):
             return 0
         if not large.error:
-            large.error = self._change(Kind.WRITE, large.offset, piece, at, time_ns)
+            large.error = self._writer.change(Kind.WRITE, large.offset, piece, at, time_ns)
         large.offset += piece
         large.remaining -= piece
         if not large.remaining:
@@ -282,26 +321,8 @@ class Connection(asyncio.BufferedProtocol):
             self._done(large.handle, large.flags, large.error)
         return piece
 
-    def _read(self, handle: int, offset: int, length: int) -> None:
-        error = self._invalid(offset, length)
-        if not error and length > nbd.MAX_REQUEST_BYTES:
-            error = Errno.EOVERFLOW
-        data = b""
-        if not error:
-            try:
-                data = self._disk.read(offset, length)
-            except OSError as failure:
-                _log.error("disk %s can't be read at %d: %s", self._disk.name, offset, failure)
-                error = Errno.EIO
-        self._answers.append(REPLY.pack(REPLY_MAGIC, error, handle))
-        if data:
-            self._answers.append(data)
-            self._answer_bytes += length
-            if self._answer_bytes > ANSWER_BYTES:
-                self._send()  # may pause this connection, and then no further request is carried out
-
     def _done(self, handle: int, flags: int, error: int) -> None:
-        if flags & CommandFlag.FUA and not error:
+        if flags & _FUA and not error:
             self._host.flush_soon(self, self._disk, handle)
         else:
             self._answers.append(REPLY.pack(REPLY_MAGIC, error, handle))
@@ -312,11 +333,11 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(b"".join(answers))
 
     def _invalid(self, offset: int, length: int) -> int:
-        if (offset | length) & _UNALIGNED or not length:
-            return Errno.EINVAL
-        return Errno.ENOSPC if offset + length > self._disk.size_bytes else 0
+        return invalid(self._disk, offset, length)
 
     def _hang_up(self, why: str) -> None:
-        _log.warning("the NBD client of disk %s %s: hanging up", self._disk.name, why)
+        _log.warning(
+            "an NBD client%s %s: hanging up", f" of disk {self._disk.name}" if self._handshake is None else "", why
+        )
         self._closing = True
         self._transport.abort()

@@ -163,6 +163,10 @@ class Disk:
     def flush(self) -> None:
         os.fdatasync(self.fd)
 
+    def grown_bytes(self) -> int:
+        """By how much it is larger now than when it was opened."""
+        return max(os.lseek(self.fd, 0, os.SEEK_END) - self.size_bytes, 0)
+
     def data_end(self, offset: int) -> tuple[int, bool]:
         """How far the range from `offset` on is alike: (its end, whether it holds data). Holes read as zeros."""
         try:
@@ -174,6 +178,15 @@ class Disk:
         if data > offset:
             return min(data, self.size_bytes), False
         return min(os.lseek(self.fd, offset, os.SEEK_HOLE), self.size_bytes), True
+
+    def allocation(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """A range as (offset, length, whether it is a hole), in order."""
+        end = offset + length
+        while offset < end:
+            alike_end, is_data = self.data_end(offset)
+            following = min(max(alike_end, offset + 1), end)
+            yield offset, following - offset, not is_data
+            offset = following
 
     def close(self) -> None:
         os.close(self.fd)

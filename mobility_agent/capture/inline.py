@@ -1,8 +1,9 @@
-"""Inline capture: the agent serves the machine's disks over NBD, and a write is journalled, then done, then answered.
+"""Inline capture: the agent serves the machine's disks over NBD or as files, and a write is journalled, then done, then
+answered.
 
-This is the server around `connection`: it listens, admits clients, and does their flushes. A flush (and a write with
-FUA) is answered when the change log is durable and then the disk is; flushes that wait together share one round, so a
-hundred clients cost one fdatasync.
+This is the server around its two fronts, `connection` and `fuse.front`: it listens, admits clients, and does their
+flushes. A flush (and a write with FUA) is answered when the change log is durable and then the disk is; flushes that
+wait together share one round, so a hundred clients cost one fdatasync.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import logging
 import os
 import socket
+import ssl
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +21,11 @@ from typing import Final, TypeAlias
 
 from mobility_agent.capture.connection import Connection
 from mobility_agent.capture.disk import Disk
-from mobility_agent.capture.nbd import Errno
+from mobility_agent.capture.fuse import session
+from mobility_agent.capture.fuse.front import FuseFront
+from mobility_agent.capture.host import Client
+from mobility_agent.capture.nbd import LOOPBACK, Errno, Tls
+from mobility_agent.gate import Held
 from mobility_agent.ladder import Ladder
 from replicar.errors import PermanentError
 
@@ -31,32 +37,52 @@ _log = logging.getLogger(__name__)
 
 
 class InlineCapture:
-    """Serves disks over NBD while it is entered.
+    """Serves disks while it is entered.
 
-    Every address serves every disk, by its name; a client that names none gets the only disk there is, so a machine
+    Every NBD address serves every disk, by its name; a client that names none gets the only disk there is, so a machine
     with several disks wants clients that name theirs.
 
     Args:
         ladder: log, disks and regions; `ladder.start()` was called.
         listen: by disk name. `addresses` says afterwards where it really is (port 0 takes a free one).
+        files: by disk name, what disks are shown as to this machine itself.
+        keepers: the directory for the sockets of these files' keepers.
+        tls: asks clients for a certificate. Offered at every address; required at those that lead off this machine.
     """
 
-    def __init__(self, ladder: Ladder, listen: Mapping[str, Address]) -> None:
+    def __init__(
+        self,
+        ladder: Ladder,
+        listen: Mapping[str, Address],
+        *,
+        files: Mapping[str, Path] | None = None,
+        keepers: Path | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        assert keepers is not None or not files, "a file outlives the agent, so somebody has to keep it"
         self.ladder = ladder
+        self.tls = tls
         self.disks: Mapping[str, Disk] = {disk.name: disk for disk in ladder.disks.values()}
         self.exports: Mapping[str, int] = {disk.name: disk.size_bytes for disk in self.disks.values()}
         self.addresses: dict[str, Address] = {}
         self._listen = listen
+        self._files, self._keepers = files or {}, keepers
+        self._fronts: list[FuseFront] = []
         self._servers: list[asyncio.Server] = []
         self._connections: set[Connection] = set()
-        self._waiting: list[tuple[Connection, Disk, int]] = []
+        self._waiting: list[tuple[Client, Disk, int]] = []
         self._records: set[asyncio.Task[None]] = set()
         self._flush_wanted = asyncio.Event()
         self._flusher: asyncio.Task[None] | None = None
 
+    def _behind_gate(self) -> list[Held]:
+        return [*self._connections, *self._fronts]
+
     async def __aenter__(self) -> InlineCapture:
+        self.ladder.gate.holders = self._behind_gate
         self._flusher = asyncio.get_running_loop().create_task(self._flush_forever())
         try:
+            self._show_files()
             for name, address in self._listen.items():
                 await self._serve(name, address)
         except BaseException:
@@ -74,6 +100,9 @@ class InlineCapture:
         for connection in list(self._connections):
             connection.close()
         self._servers.clear()
+        for front in self._fronts:
+            await front.aclose()
+        self._fronts.clear()
         for address in self.addresses.values():
             if isinstance(address, Path):
                 address.unlink(missing_ok=True)
@@ -92,36 +121,50 @@ class InlineCapture:
     def forget(self, connection: Connection) -> None:
         self._connections.discard(connection)
 
-    def flush_soon(self, connection: Connection, disk: Disk, handle: int) -> None:
-        """Answer `handle` once log and disk are durable."""
-        self._waiting.append((connection, disk, handle))
+    def flush_soon(self, client: Client, disk: Disk, handle: int) -> None:
+        self._waiting.append((client, disk, handle))
         self._flush_wanted.set()
 
-    def record_soon(self, connection: Connection, disk: Disk, offset: int, length: int) -> None:
-        """Have a range recorded as touched, then let `connection` go on."""
-        task = asyncio.get_running_loop().create_task(self._record(connection, disk, offset, length))
-        self._records.add(task)  # one a connection at most, so MAX_CONNECTIONS bounds it
+    def record_soon(self, client: Client, disk: Disk, offset: int, length: int) -> None:
+        task = asyncio.get_running_loop().create_task(self._record(client, disk, offset, length))
+        self._records.add(task)  # one a client at most, so MAX_CONNECTIONS bounds it
         task.add_done_callback(self._records.discard)
 
-    async def _record(self, connection: Connection, disk: Disk, offset: int, length: int) -> None:
+    async def _record(self, client: Client, disk: Disk, offset: int, length: int) -> None:
         failure: OSError | None = None
         try:
             await self.ladder.touched[disk.index].record(offset, length)
         except OSError as error:
             _log.error("disk %s: a touched region can't be recorded: %s", disk.name, error)
             failure = error
-        connection.recorded(failure)
+        client.recorded(failure)
+
+    def _show_files(self) -> None:
+        if self._keepers is None:
+            return
+        session.settle(self._keepers, set(self._files))
+        if self._files:
+            self._keepers.mkdir(mode=0o700, exist_ok=True)
+        for name, file in self._files.items():
+            time_ns = self.ladder.log.now_ns()
+            front = FuseFront(self, self.disks[name], file, keeper=self._keepers / name, time_ns=time_ns)
+            self._fronts.append(front)
+            front.open()
 
     async def _serve(self, name: str, address: Address) -> None:
         loop = asyncio.get_running_loop()
         try:
             if isinstance(address, Path):
                 _remove_stale_socket(address)
-                server = await loop.create_unix_server(lambda: Connection(self), address)
+                policy = Tls.OFFERED if self.tls is not None else Tls.NONE
+                server = await loop.create_unix_server(lambda: Connection(self, policy), address)
                 os.chmod(address, stat.S_IRUSR | stat.S_IWUSR)
                 self.addresses[name] = address
             else:
-                server = await loop.create_server(lambda: Connection(self), *address)
+                remote = address[0] not in LOOPBACK
+                assert self.tls is not None or not remote, "the settings allow no address off this machine without TLS"
+                policy = Tls.NONE if self.tls is None else Tls.REQUIRED if remote else Tls.OFFERED
+                server = await loop.create_server(lambda: Connection(self, policy), *address)
                 self.addresses[name] = server.sockets[0].getsockname()[:2]
         except OSError as error:
             raise PermanentError(
@@ -138,8 +181,8 @@ class InlineCapture:
             self._flush_wanted.clear()
             waiting, self._waiting = self._waiting, []
             error = await self._flush({disk.index: disk for _, disk, _ in waiting}.values())
-            for connection, _, handle in waiting:
-                connection.answer(handle, error)
+            for client, _, handle in waiting:
+                client.answer(handle, error)
 
     async def _flush(self, disks: Iterable[Disk]) -> int:
         try:

@@ -1,10 +1,14 @@
 """NBD, the network block device protocol: its words, and the handshake as a state machine without a socket.
 
-Fixed newstyle handshake (NBD_OPT_EXPORT_NAME, ABORT, LIST, INFO, GO), then simple replies. The specification is
-https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md; names here are its names without the prefix.
+Fixed newstyle handshake: EXPORT_NAME, ABORT, LIST, INFO, GO, STARTTLS, STRUCTURED_REPLY, and the meta context
+base:allocation. The specification is https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md; names here are
+its names without the prefix.
 
-The transmission phase is not here: it is the hot path, and lives in `inline` where bytes move. TLS and structured
-replies are answered as unsupported, which clients take well.
+Where TLS is required nothing is told to anybody before it: every other option is refused (or, where there is no way to
+refuse, hung up on). What was negotiated before TLS counts for nothing after it, and a client that sends anything behind
+STARTTLS before TLS stands is no client but somebody in between (CVE-2021-3716 is of that kind): it is hung up on.
+
+The transmission phase is not here: it is the hot path, and lives in `connection` where bytes move.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import Enum, IntEnum, IntFlag
 from typing import Final
 
 from replicar.errors import CorruptionError
@@ -29,6 +33,8 @@ REQUEST: Final = struct.Struct(">IHHQQI")
 #: magic, error, handle
 REPLY: Final = struct.Struct(">IIQ")
 
+#: Addresses that lead to this machine alone. Elsewhere NBD needs TLS: whoever reaches it owns the disk.
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 #: What a client should send at most. Larger writes are taken in pieces, larger reads are refused.
 PREFERRED_MAX_BYTES: Final = 1 << 20
 #: What a client may send that never asked (the specification's default).
@@ -44,11 +50,14 @@ class Command(IntEnum):
     FLUSH = 3
     TRIM = 4
     WRITE_ZEROES = 6
+    BLOCK_STATUS = 7
 
 
 class CommandFlag(IntFlag):
     FUA = 1
     NO_HOLE = 2
+    DF = 4  # the whole read in one chunk
+    REQ_ONE = 8  # one extent only
 
 
 class Errno(IntEnum):
@@ -69,14 +78,18 @@ class Option(IntEnum):
     INFO = 6
     GO = 7
     STRUCTURED_REPLY = 8
+    LIST_META_CONTEXT = 9
+    SET_META_CONTEXT = 10
 
 
 class _Reply(IntEnum):
     ACK = 1
     SERVER = 2
     INFO = 3
+    META_CONTEXT = 4
     ERR_UNSUP = 0x80000001
     ERR_INVALID = 0x80000003
+    ERR_TLS_REQD = 0x80000005
     ERR_UNKNOWN = 0x80000006
 
 
@@ -89,27 +102,47 @@ class _Info(IntEnum):
 #: HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES, CAN_MULTI_CONN: a flush on one connection covers
 #: what any connection was told is done, because all of them write through one log to one disk.
 TRANSMISSION_FLAGS: Final = 1 | 4 | 8 | 0x20 | 0x40 | 0x100
+_SEND_DF: Final = 0x80
+_ALLOCATION: Final = b"base:allocation"
+
+
+class Tls(Enum):
+    """Whether a client may, or must, ask for TLS."""
+
+    NONE = "none"
+    OFFERED = "offered"
+    REQUIRED = "required"
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The handshake's result: the client goes on with this export."""
+    """The handshake's result: the client goes on with this export, and has reads answered by structured replies, and
+    may ask what lies where (`allocation`), if it wanted that."""
 
     export: str
+    structured: bool = False
+    allocation: bool = False
 
 
 class Handshake:
     """The server's end of the handshake, from greeting to a chosen export.
 
     `receive(bytes)` returns what to send; then `chosen` is set when transmission begins, `finished` when the client
-    gave up. `rest` is what came behind the handshake (requests that were sent ahead).
+    gave up. `rest` is what came behind the handshake (requests that were sent ahead). With `starts_tls` set, what was
+    returned is the last to be sent plainly; call `secured` when TLS stands.
 
     Args:
         exports: sizes in bytes by export name. The empty name means the only export, where there is one.
+        tls: whether TLS can be had, and whether it is required (which it can only be where it can be had).
     """
 
-    def __init__(self, exports: Mapping[str, int]) -> None:
+    def __init__(self, exports: Mapping[str, int], tls: Tls = Tls.NONE) -> None:
         self._exports = exports
+        self._tls = tls
+        self._secure = False
+        self._structured = False
+        self._allocation: str | None = None  # the export that the context was chosen for
+        self.starts_tls = False
         self._data = bytearray()
         self._no_zeroes: bool | None = None
         self.chosen: Chosen | None = None
@@ -142,7 +175,16 @@ class Handshake:
         answer = b""
         while self.chosen is None and not self.finished and (option := self._next_option()) is not None:
             answer += self._answer(*option)
+            if self.starts_tls:
+                if self._data:
+                    raise CorruptionError("an NBD client that goes on in the clear after it asked for TLS")
+                break
         return answer
+
+    def secured(self) -> None:
+        """TLS stands: the handshake goes on within it, and begins anew with what it negotiated."""
+        self.starts_tls, self._secure = False, True
+        self._structured, self._allocation = False, None
 
     def _next_option(self) -> tuple[int, bytes] | None:
         if len(self._data) < 16:
@@ -157,14 +199,27 @@ class Handshake:
         return option, body
 
     def _answer(self, option: int, body: bytes) -> bytes:
+        if self._tls is Tls.REQUIRED and not self._secure and option not in (Option.STARTTLS, Option.ABORT):
+            self.finished = option == Option.EXPORT_NAME  # the protocol has no way to refuse it but to hang up
+            return b"" if self.finished else _reply(option, _Reply.ERR_TLS_REQD, b"this disk is served over TLS only")
         match option:
+            case Option.STARTTLS if self._tls is not Tls.NONE and not self._secure:
+                if body:
+                    return _reply(option, _Reply.ERR_INVALID)
+                self.starts_tls = True
+                return _reply(option, _Reply.ACK)
+            case Option.STRUCTURED_REPLY:
+                self._structured = self._structured or not body
+                return _reply(option, _Reply.ERR_INVALID if body else _Reply.ACK)
+            case Option.LIST_META_CONTEXT | Option.SET_META_CONTEXT:
+                return self._contexts(option, body)
             case Option.EXPORT_NAME:
                 export = self._resolve(body)
                 if export is None:  # the protocol has no way to say it here but to hang up
                     self.finished = True
                     return b""
-                self.chosen = Chosen(export)
-                head = struct.pack(">QH", self._exports[export], TRANSMISSION_FLAGS)
+                self._choose(export)
+                head = struct.pack(">QH", self._exports[export], self._flags)
                 return head if self._no_zeroes else head + bytes(124)
             case Option.ABORT:
                 self.finished = True
@@ -194,12 +249,38 @@ class Handshake:
         size = self._exports[export]
         name = export.encode()
         blocks = struct.pack(">HIII", _Info.BLOCK_SIZE, SECTOR_BYTES, _PREFERRED_BLOCK, PREFERRED_MAX_BYTES)
-        answer = _reply(option, _Reply.INFO, struct.pack(">HQH", _Info.EXPORT, size, TRANSMISSION_FLAGS))
+        answer = _reply(option, _Reply.INFO, struct.pack(">HQH", _Info.EXPORT, size, self._flags))
         answer += _reply(option, _Reply.INFO, struct.pack(">H", _Info.NAME) + name)
         answer += _reply(option, _Reply.INFO, blocks) + _reply(option, _Reply.ACK)
         if option == Option.GO:
-            self.chosen = Chosen(export)
+            self._choose(export)
         return answer
+
+    def _contexts(self, option: int, body: bytes) -> bytes:
+        """What may be asked of an export: base:allocation, by name, or all there is of base."""
+        queries = _queries(body)
+        if queries is None or not self._structured:
+            return _reply(option, _Reply.ERR_INVALID)
+        name, wanted = queries
+        export = self._resolve(name)
+        if export is None:
+            return _reply(option, _Reply.ERR_UNKNOWN, b"no disk of that name is served here")
+        listing = option == Option.LIST_META_CONTEXT
+        found = _ALLOCATION in wanted or (listing and (not wanted or b"base:" in wanted))
+        if not listing:
+            self._allocation = export if found else None
+        answer = _reply(option, _Reply.ACK)
+        if found:
+            number = struct.pack(">I", 0 if listing else 1)
+            answer = _reply(option, _Reply.META_CONTEXT, number + _ALLOCATION) + answer
+        return answer
+
+    @property
+    def _flags(self) -> int:
+        return TRANSMISSION_FLAGS | (_SEND_DF if self._structured else 0)
+
+    def _choose(self, export: str) -> None:
+        self.chosen = Chosen(export, self._structured, self._allocation == export)
 
     def _resolve(self, name: bytes) -> str | None:
         if not name and len(self._exports) == 1:
@@ -209,6 +290,22 @@ class Handshake:
         except UnicodeDecodeError:
             return None
         return text if text in self._exports else None
+
+
+def _queries(body: bytes) -> tuple[bytes, list[bytes]] | None:
+    """An export's name and the queries about it; None if they are not well formed."""
+    words, at = [], 0
+    try:
+        (length,) = struct.unpack_from(">I", body)
+        name, at = body[4 : 4 + length], 8 + length
+        (count,) = struct.unpack_from(">I", body, 4 + length)
+        for _ in range(min(count, _MAX_OPTION_BYTES)):
+            (length,) = struct.unpack_from(">I", body, at)
+            words.append(body[at + 4 : at + 4 + length])
+            at += 4 + length
+    except struct.error:
+        return None
+    return (name, words) if at == len(body) and len(words) == count else None
 
 
 def _reply(option: int, kind: int, data: bytes = b"") -> bytes:

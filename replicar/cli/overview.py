@@ -74,6 +74,10 @@ def show_machine(console: Console, found: MachineSummary) -> None:
     row(made, "stored", f"up to sequence {found.stored_sequence}, {size(found.bytes_stored)} compressed")
     row(made, "RPO", f"{duration(found.rpo_seconds)} now, p50 {duration(found.rpo_p50_seconds)}, "
         f"p99 {duration(found.rpo_p99_seconds)}")  # fmt: skip
+    if found.journal_full_seconds is not None:
+        row(made, "journal", f"full in about {duration(found.journal_full_seconds)} if it goes on so")
+    if found.copy_remaining_seconds:
+        row(made, "all copied", f"in about {duration(found.copy_remaining_seconds)}")
     for disk in found.disks:
         done = f", {size(disk.seed_done_bytes)} replicated" if disk.seed_done_bytes < disk.size_bytes else ""
         row(made, f"disk {disk.name}", f"{size(disk.size_bytes)}{done}")
@@ -84,12 +88,13 @@ def show_machine(console: Console, found: MachineSummary) -> None:
 def show_points(console: Console, found: PointList) -> None:
     """What a machine can be recovered to."""
     if found.points:
-        named = table("~point", "kind", "time", ">sequence", "stored")
+        named = table("~point", "kind", "time", ">sequence", "stored", ">held")
         for point in found.points:
             stored = "yes" if point.stored else "not yet"
             if point.earlier:
                 stored = "earlier" if point.stored else "no"
-            row(named, point.name, point.kind, format_moment(point.time_ns), point.sequence, stored)
+            held = "" if point.pause_seconds is None else f"{point.pause_seconds * 1000:.0f} ms"
+            row(named, point.name, point.kind, format_moment(point.time_ns), point.sequence, stored, held)
         console.print(named)
         if found.truncated:
             console.print("(older ones are left out)")

@@ -13,13 +13,14 @@ from rich.markup import escape
 from recovery.history import History
 from recovery.moments import format_moment
 from recovery.points import survey
-from replicar.cli import overview
+from replicar.cli import groups, overview
 from replicar.cli.access import MachineId, VaultKeyFile, open_machine
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, run
 from replicar.cli.settings import load_settings
 from replicar.control.client import ControlClient
 from replicar.control.messages import MAX_WAIT_SECONDS, Point, PointList
 from replicar.errors import TransientError
+from replicar.formats.record import Consistency
 
 #: What `status` ends with while a protected machine is not being stored; no error of the common tree has it.
 NOT_STORING_STATUS: Final = 7
@@ -108,27 +109,49 @@ def tag(
     wait_stored: Annotated[
         bool, typer.Option("--wait-stored", help="Wait until everything up to the point is in storage.")
     ] = False,
+    application: Annotated[
+        bool, typer.Option("--application", help="Have the machine's hooks hold its applications still for it.")
+    ] = False,
+    together: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", help="Another machine that the point is to be of, as of the same instant.", metavar="MACHINE"
+        ),
+    ] = None,
+    hold_seconds: Annotated[
+        float, typer.Option(help="How long writers may be held for a point of several machines.", min=0.1, max=10.0)
+    ] = 2.0,
     timeout: Annotated[float, typer.Option(help="Seconds to wait.", min=1)] = TAG_SECONDS,
     settings: SettingsFile = None,
     as_json: Json = False,
 ) -> None:
-    """Make a named recovery point of a machine, over all its disks."""
+    """Make a named recovery point of a machine, over all its disks; or of several machines, as of one instant."""
+    if together:
+        if application:
+            raise typer.BadParameter("a point of several machines holds their writers; leave --application out")
+        request = groups.request((machine, *together), name, hold_seconds)
+        run(as_json, lambda telling: groups.tag(telling, request, settings, timeout if wait_stored else None))
+        return
+    consistency = Consistency.APPLICATION if application else Consistency.CRASH
 
     async def work(telling: Telling) -> None:
         async with load_settings(settings).control() as control:
-            point = await _tag(control, machine, name, wait_stored, timeout)
+            point = await _tag(control, machine, name, wait_stored, timeout, consistency)
+        held = "" if point.pause_seconds is None else f", applications held for {point.pause_seconds * 1000:.0f} ms"
         telling.result(
             point.model_dump(mode="json"),
             lambda console: console.print(
                 f"{escape(point.name)}: sequence {point.sequence}, {format_moment(point.time_ns)}, "
-                f"{'stored' if point.stored else 'not stored yet'}"
+                f"{'stored' if point.stored else 'not stored yet'}{held}"
             ),
         )
 
     run(as_json, work)
 
 
-async def _tag(control: ControlClient, machine: str, name: str, wait_stored: bool, seconds: float) -> Point:
+async def _tag(
+    control: ControlClient, machine: str, name: str, wait_stored: bool, seconds: float, consistency: Consistency
+) -> Point:
     """Ask until the point is there; always with the same command id, so that it is made once."""
     command_id, deadline = str(uuid.uuid4()), time.monotonic() + seconds
     while True:
@@ -137,6 +160,7 @@ async def _tag(control: ControlClient, machine: str, name: str, wait_stored: boo
             return await control.mark(
                 machine,
                 name,
+                consistency=consistency,
                 wait_stored=wait_stored,
                 wait_seconds=max(min(left, MAX_WAIT_SECONDS), 0),
                 command_id=command_id,

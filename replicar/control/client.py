@@ -20,6 +20,8 @@ from replicar.control.messages import (
     MAX_WAIT_SECONDS,
     AgentHeartbeat,
     AgentInstructions,
+    GroupPoint,
+    GroupRequest,
     MachineKey,
     MachineList,
     MachineSummary,
@@ -156,6 +158,14 @@ class ControlClient:
         )
         query = {"wait": "stored"} if wait_stored else None
         return await self._post(f"{_machine(name)}/marks", request, Point, query=query, wait_seconds=wait_seconds)
+
+    async def group(self, request: GroupRequest) -> GroupPoint:
+        """Have one point made over several machines.
+
+        Raises:
+            TransientError: not all of them could be held at one instant.
+        """
+        return await self._post("/groups", request, GroupPoint, wait_seconds=2 * request.hold_seconds + 10)
 
     async def key(self, name: str) -> MachineKey:
         """The machine's data key and where its log must reach; the config server keeps an audit of who asked."""

@@ -26,7 +26,6 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from replicar.clock import Clock, SystemClock
 from replicar.errors import PermanentError
-from replicar.storage.azure import AzureBlobStore
 from replicar.storage.limits import LimitedStore
 from replicar.storage.retry import DEFAULT_POLICY, RetryingStore, RetryPolicy
 from replicar.storage.store import PageBlobStore
@@ -146,6 +145,9 @@ def open_store(
     Raises:
         PermanentError: the settings name a file that is missing or holds something else.
     """
+    # Not above: it takes longer to import than most commands run, and few of them speak to storage.
+    from replicar.storage.azure import AzureBlobStore
+
     clock = clock or SystemClock()
     access = target.access()
     try:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.tools import need
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 110
 
@@ -65,7 +67,7 @@ def test_the_datapath_moves_everything_into_the_sink_and_is_compared_with_the_li
 def test_without_a_name_they_are_listed_one_line_each() -> None:
     done = _bench()
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["limit", "datapath"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["limit", "datapath", "capture"]
 
 
 def test_without_json_there_is_a_table_for_people(tmp_path: Path) -> None:
@@ -84,3 +86,23 @@ def test_a_run_that_can_not_be_fails_and_says_why(arguments: list[str]) -> None:
     assert done.returncode != 0
     assert done.stdout == ""
     assert done.stderr
+
+
+def test_capture_is_measured_beside_a_server_that_logs_nothing(tmp_path: Path) -> None:
+    need("fio")
+    need("nbdkit")
+    report = _report(
+        "capture", "--json", "--seconds", "0.3", "--rounds", "2", "--mib", "64", "--directory", str(tmp_path)
+    )
+    for load in ("nbd_iops", "nbd_sequential"):
+        assert len(report[f"{load}_ratios"]) == 2
+        assert 0.02 < report[f"{load}_ratio"] < 20
+    assert report["nbd_iops_agent_iops"] > 500
+    assert report["nbd_sequential_agent_mb_per_s"] > 10
+    assert report["memory_per_tib_anon_bytes"] < 64 << 20
+    if os.geteuid() == 0:
+        for load in ("trace_iops", "fuse_iops", "fuse_sequential"):
+            assert 0.02 < report[f"{load}_ratio"] < 20
+        assert report["trace_lost"] == 0
+        assert report["trace_events"] > 500
+    assert list(tmp_path.iterdir()) == []

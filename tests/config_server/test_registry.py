@@ -47,6 +47,8 @@ def test_a_registry_of_the_first_version_is_taken_over_with_what_it_counted(tmp_
     opened.run(lambda c: c.execute("UPDATE machines SET bytes_received = 700, bytes_stored = 300"))
     for column in ("counted_since", "counted_received", "counted_stored"):
         opened.connection.execute(f"ALTER TABLE machines DROP COLUMN {column}")
+    opened.connection.execute("ALTER TABLE marks DROP COLUMN pause_seconds")
+    opened.connection.execute("DROP TABLE group_points")
     opened.connection.execute("PRAGMA user_version = 1")
     opened.close()
     for _ in range(2):

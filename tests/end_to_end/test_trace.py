@@ -139,6 +139,9 @@ async def test_a_quiet_disk_comes_back_to_the_byte_also_after_the_agent_was_kill
             put(disk, 3)  # nobody sees this
             await cluster.start_agent()
             await whole(cluster)
+            compared = (await status(cluster))["capture"]
+            assert compared["equal_bytes"] > 64 * MIB  # what the replica had already was not sent again
+            assert compared["copied_bytes"] < 24 * MIB
             async with quiet(disk) as after:
                 await tag(cluster, "after")
             for name, content in (("before", before), ("after", after)):
@@ -160,6 +163,7 @@ async def test_a_tag_before_all_is_copied_is_refused_with_the_reason(tmp_path: P
             refused = await cluster.replicar("tag", cluster.machine, "early")
             assert refused.status != 0
             assert "have to be copied first" in refused.errors
+            await asyncio.sleep(1.5)  # the status is written every second
             shown = await command.run("mobility-agent", "status", "--directory", cluster.agent_directory)
             assert "trace" in shown.output
             assert "have to be copied first" in shown.output

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import ssl
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobility_agent.allocation import asking
 from mobility_agent.capture.disk import Disk
-from mobility_agent.capture.inline import InlineCapture
+from mobility_agent.capture.inline import Address, InlineCapture
 from mobility_agent.changelog import ChangeLog
+from mobility_agent.digests import Digests
+from mobility_agent.extents import DirtyExtents
 from mobility_agent.ladder import Ladder
 from mobility_agent.regions import DirtyRegions
 from mobility_agent.seeding import Seeder
@@ -53,7 +57,16 @@ def open_log(directory: Path, *, limit_bytes: int = 8 * FILE_BYTES, boot_id: byt
 
 @asynccontextmanager
 async def agent_core(
-    directory: Path, *, disk_bytes: int = 8 * MIB, limit_bytes: int = 8 * FILE_BYTES, boot_id: bytes = b"boot".ljust(16)
+    directory: Path,
+    *,
+    disk_bytes: int = 8 * MIB,
+    limit_bytes: int = 8 * FILE_BYTES,
+    boot_id: bytes = b"boot".ljust(16),
+    extents_held: int = 4096,
+    address: Address | None = None,
+    tls: ssl.SSLContext | None = None,
+    file: Path | None = None,
+    copy_free_space: bool = True,
 ) -> AsyncIterator[Core]:
     """Serve `directory`/disk.img; state in `directory`, kept over calls."""
     image = directory / "disk.img"
@@ -64,14 +77,25 @@ async def agent_core(
     disk = Disk(0, "root", image)
     regions = DirtyRegions(directory / "root.regions", disk.size_bytes)
     touched = TouchedRegions(directory / "root.touched", disk.size_bytes)
-    ladder = Ladder(log, [disk], {0: regions}, {0: touched})
+    digests = Digests(directory / "root.digests", disk.size_bytes)
+    extents = DirtyExtents(directory / "extents", capacity=extents_held)
+    skipped = asking.open_map(directory / "root.free", regions, copy_free_space=copy_free_space)
+    ladder = Ladder(log, [disk], {0: regions}, {0: touched}, {0: digests}, extents, {0: skipped} if skipped else {})
     ladder.start()
+    asking.settle(ladder, [disk], copy_free_space=copy_free_space)
     socket = directory / "nbd"
+    files = {"root": file} if file is not None else {}
     try:
-        async with InlineCapture(ladder, {"root": socket}) as capture:
+        async with InlineCapture(
+            ladder, {"root": address or socket}, files=files, keepers=directory / "files", tls=tls
+        ) as capture:
             yield Core(log, disk, ladder, capture, socket, Seeder(ladder, SystemClock()))
         await log.close()
     finally:
+        extents.close()
+        digests.close()
+        if skipped is not None:
+            skipped.close()
         touched.close()
         regions.close()
         disk.close()

@@ -154,7 +154,7 @@ async def test_a_failing_disk_answers_an_error_and_opens_a_gap_before_it_does(
         assert len(gap_flags(frames_of(core.log))) == 3  # begin, end, begin
 
 
-async def test_a_full_log_falls_to_regions_and_climbs_back_by_itself(tmp_path: Path) -> None:
+async def test_a_full_log_falls_to_extents_and_climbs_back_by_itself(tmp_path: Path) -> None:
     async with agent_core(tmp_path, disk_bytes=32 * MIB, limit_bytes=8 * MIB) as core:
         core.ladder.regions[0].clear(0, core.disk.size_bytes)
         assert core.ladder.close_gap()
@@ -176,7 +176,7 @@ async def test_a_full_log_falls_to_regions_and_climbs_back_by_itself(tmp_path: P
                 await asyncio.sleep(0.01)
             seeding.cancel()
             await asyncio.gather(seeding, return_exceptions=True)
-        assert [*rungs, core.ladder.rung] == ["regions", "ordered"]
+        assert [*rungs, core.ladder.rung] == ["extents", "ordered"]
         fresh = frames_of(core.log, frames[-1].header.next_sequence)
         assert replay(fresh, core.disk.size_bytes, base=held) == core.disk.path.read_bytes()
 

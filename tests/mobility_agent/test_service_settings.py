@@ -35,7 +35,7 @@ def test_a_file_with_directory_and_one_disk_is_enough(tmp_path: Path) -> None:
     assert settings.directory == tmp_path / "state"
     (disk,) = settings.disks
     assert disk.path == tmp_path / "root.img"
-    assert settings.address(disk).listen == tmp_path / "state" / "nbd" / "root.sock"
+    assert settings.addresses[disk.name].listen == tmp_path / "state" / "nbd" / "root.sock"
     assert settings.journal_bytes == 4 << 30
 
 
@@ -69,7 +69,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
     settings = load_settings(path)
     assert settings.journal_bytes == 8 << 30
     assert [disk.name for disk in settings.disks] == ["data"]
-    assert settings.address(settings.disks[0]).listen == ("127.0.0.1", 10809)
+    assert settings.addresses["data"].listen == ("127.0.0.1", 10809)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,25 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
             "two disks have the nbd address ",
         ),
         (f'directory = "/s"\n{BAD_NAME}', "disks.0.name: "),
-        (f'directory = "/s"\n{DISK}nbd = "0.0.0.0:10809"\n', "without encryption or password"),
+        (f'directory = "/s"\n{DISK}nbd = "0.0.0.0:10809"\n', "set nbd_tls"),
         (f'directory = "/s"\n{DISK}nbd = "localhost:port"\n', "neither a socket path nor host:port"),
         (f'directory = "/s"\n{DISK}nbd = "/{LONG}.sock"\n', "longer than the 107 bytes"),
         (f'directory = "/s"\n{DISK}capture = "trace"\n', "capture is set for the whole machine"),
         (f'directory = "/s"\ncapture = "trace"\n{DISK}nbd = "/run/a.sock"\n', "disk root has an nbd address"),
-        (f'directory = "/s"\ncapture = "scan"\n{DISK}', "capture: "),
+        (f'directory = "/s"\ncapture = "guess"\n{DISK}', "capture: "),
+        (f'directory = "/s"\ncapture = "scan"\n{DISK}nbd = "/run/a.sock"\n', 'with capture = "scan" no disk is served'),
+        (
+            f'directory = "/s"\ncapture = "scan"\naudit_bytes_per_second = 5\n{DISK}',
+            "audit_bytes_per_second can't be had",
+        ),
+        (
+            f'directory = "/s"\ncapture = "scan"\ncopy_free_space = false\n{DISK}',
+            "copy_free_space = false can't be had",
+        ),
+        (
+            f'directory = "/s"\ncapture = "trace"\ncopy_free_space = false\n{DISK}',
+            "copy_free_space = false can't be had",
+        ),
         ("directory = \n", "not valid TOML"),
         ("directory = 5\n" + DISK, "directory: "),
         ("disks = 7\ndirectory = '/s'\n", "disks: "),
@@ -203,3 +216,31 @@ def test_a_socket_without_a_directory_is_named(tmp_path: Path) -> None:
     disk = {"name": "root", "path": "/r", "nbd": str(tmp_path / "none" / "n.sock")}
     with pytest.raises(PermanentError, match="there is no directory"):
         preflight.check(checked(tmp_path, disks=[disk]), tmp_path / "log")
+
+
+def test_a_disk_that_is_shown_as_a_file_is_served_over_nbd_only_where_that_is_said(tmp_path: Path) -> None:
+    disk = '[[disks]]\nname = "root"\npath = "/dev/sdb"\nfile = "shown/disk"\n'
+    settings = load_settings(written(tmp_path, f'directory = "/s"\n{disk}'))
+    assert settings.files == {"root": tmp_path / "shown" / "disk"}
+    assert settings.addresses == {}
+    settings = load_settings(written(tmp_path, f'directory = "/s"\n{disk}nbd = "127.0.0.1:10809"\n'))
+    assert settings.addresses["root"].port == 10809
+
+
+@pytest.mark.parametrize("file", ["/disk", "/run/../etc/disk"])
+def test_a_file_whose_directory_is_not_its_own_is_refused(tmp_path: Path, file: str) -> None:
+    path = written(tmp_path, f'directory = "/s"\n[[disks]]\nname = "root"\npath = "/dev/sdb"\nfile = "{file}"\n')
+    with pytest.raises(PermanentError, match="has to be a path like"):
+        load_settings(path)
+
+
+def test_two_files_in_one_directory_are_refused(tmp_path: Path) -> None:
+    disks = "".join(f'[[disks]]\nname = "{n}"\npath = "/dev/sd{n}"\nfile = "/run/shown/{n}"\n' for n in "bc")
+    with pytest.raises(PermanentError, match="two disks have the directory of its file /run/shown"):
+        load_settings(written(tmp_path, f'directory = "/s"\n{disks}'))
+
+
+def test_a_traced_disk_has_no_file(tmp_path: Path) -> None:
+    text = 'directory = "/s"\ncapture = "trace"\n[[disks]]\nname = "b"\npath = "/dev/sdb"\nfile = "/run/shown/b"\n'
+    with pytest.raises(PermanentError, match="has a file, but"):
+        load_settings(written(tmp_path, text))

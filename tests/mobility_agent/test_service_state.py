@@ -61,7 +61,7 @@ def test_a_damaged_assignment_is_as_good_as_none(tmp_path: Path) -> None:
 
 def begun(state: StateDirectory, identity: Identity, disks: dict[str, int]) -> tuple[KnownDisk, ...]:
     """What the service does: settle, open the log, say that it was begun."""
-    known = state.settle_disks(identity, disks)
+    known = state.settle_disks(identity, disks).present
     state.log.mkdir(exist_ok=True)
     (state.log / "changes-1.hrl").touch()
     state.log_begun(identity)
@@ -74,27 +74,40 @@ def test_disks_keep_their_index_whatever_their_order(tmp_path: Path, machine: Id
     assert begun(state, machine, {"data": 1024, "root": 512}) == (KnownDisk(1, "data", 1024), KnownDisk(0, "root", 512))
 
 
-@pytest.mark.parametrize(
-    ("disks", "named"),
-    [
-        ({"root": 512}, "disk data is part of"),
-        ({"root": 512, "data": 2048}, "disk data has 2048 bytes now, but 1024"),
-        ({"root": 512, "data": 1024, "more": 512}, "disk more was not there"),
-    ],
-)
-def test_disks_that_changed_are_refused_until_the_machine_is_enrolled_again(
-    tmp_path: Path, machine: Identity, disks: dict[str, int], named: str
+def test_a_disk_that_is_new_gets_an_index_of_its_own(tmp_path: Path, machine: Identity) -> None:
+    state = StateDirectory(tmp_path / "s")
+    begun(state, machine, {"root": 512})
+    for _ in range(2):  # also after a start that died
+        assert begun(state, machine, {"more": 512, "root": 512}) == (
+            KnownDisk(1, "more", 512),
+            KnownDisk(0, "root", 512),
+        )
+
+
+def test_a_disk_that_grew_keeps_its_index_and_one_that_shrank_is_refused(tmp_path: Path, machine: Identity) -> None:
+    state = StateDirectory(tmp_path / "s")
+    begun(state, machine, {"root": 512, "data": 1024})
+    assert begun(state, machine, {"root": 512, "data": 4096})[1] == KnownDisk(1, "data", 4096)
+    with pytest.raises(PermanentError, match="disk data has 1024 bytes now, but 4096") as caught:
+        state.settle_disks(machine, {"root": 512, "data": 1024})
+    assert "another name" in caught.value.hint
+
+
+def test_a_disk_that_is_gone_is_told_until_the_stream_has_it_and_what_was_kept_of_it_goes(
+    tmp_path: Path, machine: Identity
 ) -> None:
     state = StateDirectory(tmp_path / "s")
     begun(state, machine, {"root": 512, "data": 1024})
-    with pytest.raises(PermanentError, match=named) as caught:
-        state.settle_disks(machine, disks)
-    assert "enrol this machine again" in caught.value.hint
-    again = replace(machine, incarnation=1)
-    indices = {disk.name: disk.index for disk in begun(state, again, disks)}
-    assert indices["root"] == 0
-    assert indices.get("data", 1) == 1
-    assert indices.get("more", 2) == 2
+    kept = [state.log / name for name in ("disk-1.regions", "disk-1.digests", "disk-10.regions")]
+    for path in kept:
+        path.touch()
+    for _ in range(2):
+        assert state.settle_disks(machine, {"root": 512}).gone == (KnownDisk(1, "data", 1024),)
+    state.disks_gone([KnownDisk(1, "data", 1024)])
+    assert state.settle_disks(machine, {"root": 512}).gone == ()
+    assert [path.exists() for path in kept] == [False, False, True]
+    again = begun(state, machine, {"root": 512, "data": 1024})
+    assert again[1] == KnownDisk(2, "data", 1024)  # it is another disk now
 
 
 def test_an_index_is_never_given_to_another_disk(tmp_path: Path, machine: Identity) -> None:
@@ -125,7 +138,7 @@ def test_enrolling_again_leaves_nothing_of_the_old_log(tmp_path: Path, machine: 
 def test_a_start_that_died_before_the_log_was_begun_can_be_made_again(tmp_path: Path, machine: Identity) -> None:
     state = StateDirectory(tmp_path / "s")
     state.settle_disks(machine, {"root": 512})
-    assert state.settle_disks(machine, {"root": 1024}) == (KnownDisk(0, "root", 1024),)
+    assert state.settle_disks(machine, {"root": 1024}).present == (KnownDisk(0, "root", 1024),)
 
 
 def test_a_damaged_list_of_disks_is_said(tmp_path: Path, machine: Identity) -> None:

@@ -9,6 +9,28 @@ from replicar.storage.memory import MemoryStore
 from replicar.storage.store import Pages
 
 
+class SlowStore(MemoryStore):
+    """Storage behind a thin link: one upload at a time, each at so many bytes a second."""
+
+    def __init__(self, bytes_per_second: float) -> None:
+        super().__init__()
+        self.seconds_per_byte = 1 / bytes_per_second
+        self._link = asyncio.Lock()
+
+    async def put_pages(
+        self,
+        name: str,
+        offset: int,
+        data: Pages,
+        *,
+        lease_id: str | None = None,
+        if_sequence_number_lt: int | None = None,
+    ) -> None:
+        async with self._link:
+            await asyncio.sleep(len(data) * self.seconds_per_byte)
+        await super().put_pages(name, offset, data, lease_id=lease_id, if_sequence_number_lt=if_sequence_number_lt)
+
+
 class GatedStore(MemoryStore):
     """Storage that can be shut, as an account that throttles to a standstill, or fail for a while."""
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from process_server.bandwidth import Pace
 from process_server.cache import SLOT_BYTES, CacheFile
 from process_server.commit import Committer
 from process_server.listener import Listener
@@ -83,6 +84,7 @@ async def running(
     tuning: Tuning | None = None,
     assignments: list[Assignment] | None = None,
     cache_path: Path | None = None,
+    pace: Pace | None = None,
 ) -> AsyncIterator[Running]:
     """The parts of a process server around `store`; assigned: the site's machine, unless others are given."""
     await store.ensure_container()
@@ -90,7 +92,7 @@ async def running(
     found = find(cache)
     slots = Slots(cache.slots, buffers * (4 << 20), next_serial=found.next_serial)
     slots.claim(index for items in found.by_machine.values() for index, _ in items)
-    sealer, clock = Sealer(1), SystemClock()
+    sealer, clock = Sealer(1, pace=pace), SystemClock()
     committer = Committer(cache, slots)
     tuning = tuning or Tuning(segment_age_seconds=0.05, log=SMALL_BLOBS, reopen_seconds=0.05)
     workshop = Workshop(store, cache, slots, committer, sealer, clock, tuning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from process_server.cache import PAGE_BYTES, SLOT_BYTES
 from process_server.machine import MachineState, Tuning
+from replicar.control.identity import Role
 from replicar.errors import PermanentError
 from tests.process_server.sender import Agent
 from tests.process_server.stores import GatedStore
@@ -46,7 +48,7 @@ async def test_what_has_left_memory_is_read_back_and_stored(site: Site) -> None:
     store = GatedStore()
     async with (
         asyncio.timeout(STORY_SECONDS),
-        running(site, store, cache_slots=16, buffers=2, tuning=TUNING) as server,
+        running(site, store, cache_slots=32, buffers=2, tuning=TUNING) as server,
     ):
         agent, last = await received_only(site, store, server, 40)
         stream = server.machine(agent.machine_id).stream
@@ -81,7 +83,7 @@ async def test_a_byte_damaged_in_the_cache_is_asked_for_again_and_never_uploaded
     store = GatedStore()
     async with (
         asyncio.timeout(STORY_SECONDS),
-        running(site, store, cache_slots=16, buffers=1, tuning=TUNING) as server,
+        running(site, store, cache_slots=32, buffers=1, tuning=TUNING) as server,
     ):
         agent, last = await received_only(site, store, server, 30)
         stream = server.machine(agent.machine_id).stream
@@ -97,6 +99,109 @@ async def test_a_byte_damaged_in_the_cache_is_asked_for_again_and_never_uploaded
         store.gate.set()
         await agent.run(until_stored=last)
     assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything
+
+
+async def test_a_part_of_the_cache_that_cannot_be_read_is_asked_for_again_and_nothing_behind_it_is_skipped(
+    site: Site,
+) -> None:
+    """The file's end, cut off, stands in for a bad sector: the kernel gives nothing back for those bytes either."""
+    store = GatedStore()
+    async with (
+        asyncio.timeout(STORY_SECONDS),
+        running(site, store, cache_slots=32, buffers=1, tuning=TUNING) as server,
+    ):
+        agent, last = await received_only(site, store, server, 30)
+        machine = server.machine(agent.machine_id)
+        assert machine.stream is not None
+        cold = [slot for slot in machine.stream.slots if slot.buffer is None]
+        os.truncate(site.directory / "cache", cold[-2].index * SLOT_BYTES + PAGE_BYTES + 100_000)
+        store.gate.set()
+        await agent.run(until_stored=last)
+        assert machine.counters.frames > 31  # some of them twice
+    assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything
+
+
+@pytest.mark.needs_root
+async def test_a_full_disk_under_the_cache_is_survived_and_what_is_in_memory_is_stored(
+    site: Site, tmp_path: Path
+) -> None:
+    """A real disk that promised space and has none: all that was preallocated is punched out, and taken by others."""
+    store, mount = GatedStore(), tmp_path / "small"
+    mount.mkdir()
+    if await _command("mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", mount):
+        pytest.skip("no mounting here")
+    try:
+        async with (
+            asyncio.timeout(STORY_SECONDS),
+            running(site, store, cache_slots=8, cache_path=mount / "cache", tuning=TUNING) as server,
+        ):
+            hole = ("--punch-hole", "--offset", "0", "--length", str(8 * SLOT_BYTES))
+            assert not await _command("fallocate", *hole, mount / "cache")
+            _fill_up(mount / "filler")
+            agent = site.agent(server.port)
+            agent.begin()
+            await agent.run(until_stored=agent.fill(40, size=1 << 20))
+            error = server.workshop.committer.error
+            assert error is not None
+            assert "is full" in error.message
+            (mount / "filler").unlink()
+            while server.workshop.committer.error is not None:
+                await asyncio.sleep(0.01)
+            store.gate.clear()
+            last = agent.fill(3)
+            sending = asyncio.create_task(agent.run())
+            while agent.received < last:  # durable again
+                await asyncio.sleep(0.01)
+            assert agent.stored < last
+            store.gate.set()
+            while agent.stored < last:
+                await asyncio.sleep(0.01)
+            sending.cancel()
+    finally:
+        assert not await _command("umount", mount)
+    assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything
+
+
+async def _command(*words: str | Path) -> int:
+    return await (await asyncio.create_subprocess_exec(*words)).wait()
+
+
+def _fill_up(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+async def test_a_greedy_machine_leaves_room_in_the_cache_for_a_modest_one(site: Site) -> None:
+    store = GatedStore()
+    modest = site.vault.identity(Role.MACHINE, "modest")
+    both = [site.assignment(), site.assignment(machine=modest)]
+    async with (
+        asyncio.timeout(STORY_SECONDS),
+        running(site, store, cache_slots=10, buffers=4, tuning=TUNING, assignments=both) as server,
+    ):
+        greedy, other = site.agent(server.port), site.agent(server.port, modest)
+        while any(machine.state is not MachineState.RUNNING for machine in server.roster.machines()):
+            await asyncio.sleep(0.01)
+        store.gate.clear()  # storage stands still, so nothing is given back
+        for agent in (greedy, other):
+            agent.begin()
+        greedy.fill(60, size=1 << 20)
+        last = other.fill(5)
+        sending = [asyncio.create_task(greedy.run())]
+        while not server.slots.waiting:
+            await asyncio.sleep(0.01)
+        sending.append(asyncio.create_task(other.run()))
+        while other.received < last:
+            await asyncio.sleep(0.01)
+        assert greedy.received < 60
+        store.gate.set()
+        while greedy.stored < 61 or other.stored < last:
+            await asyncio.sleep(0.01)
+        for task in sending:
+            task.cancel()
+    for agent in (greedy, other):
+        assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything
 
 
 async def test_damage_in_what_an_earlier_life_received_costs_only_sending_it_again(site: Site) -> None:

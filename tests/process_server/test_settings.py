@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import uuid
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_a_file_with_storage_alone_gives_the_defaults(file: Path) -> None:
     assert "QUJD" not in repr(settings)
 
 
+def test_bandwidth_and_weights_are_read_as_the_help_shows_them(file: Path) -> None:
+    shown = CliRunner().invoke(app, ["run", "--help"]).output
+    begin, end = shown.index("[bandwidth]"), shown.index("shop = 4")
+    file.write_text(STORAGE + shown[begin:end] + "shop = 4\n")
+    settings = load_settings(file)
+    schedule = settings.bandwidth.schedule()
+    assert schedule.rate_at(datetime(2026, 11, 23, 12)) == 5_000_000  # noqa: DTZ001 - local time, as a clock shows it
+    assert schedule.rate_at(datetime(2026, 11, 22, 12)) is None  # noqa: DTZ001
+    assert settings.tuning().weights == {"shop": 4}
+
+
 def test_the_environment_beats_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text(f"port = 1234\ncompression_level = 3\n{STORAGE}")
     monkeypatch.setenv("REPLICAR_PS_PORT", "4321")
@@ -58,6 +70,14 @@ def test_the_environment_beats_the_file(file: Path, monkeypatch: pytest.MonkeyPa
         ("log_blob_bytes = 16777217\n" + STORAGE, "log_blob_bytes"),
         ("port = 1\n", "storage"),
         (STORAGE + "colour = 1\n", "storage.colour"),
+        (STORAGE + "[weights]\nshop = 0\n", "weights.shop"),
+        (STORAGE + "[bandwidth]\nbytes_per_second = 1000\n", "bandwidth"),
+        (STORAGE + '[[bandwidth.windows]]\nstart = "8"\nend = "18:00"\nbytes_per_second = 0\n', "windows.0.start"),
+        (STORAGE + '[[bandwidth.windows]]\nstart = "08:00"\nend = "08:00"\nbytes_per_second = 0\n', "windows.0"),
+        (
+            STORAGE + '[[bandwidth.windows]]\ndays = ["mon"]\nstart = "08:00"\nend = "18:00"\nbytes_per_second = 0\n',
+            "windows.0.days.0",
+        ),
         ("port = \n", "no TOML"),
         (STORAGE.replace("https", "http"), "unprotected"),
         (STORAGE + 'account_key_file = "/k"\n', "both set"),

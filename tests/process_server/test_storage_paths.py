@@ -38,7 +38,7 @@ async def test_a_full_cache_stops_the_agent_and_lets_it_go_on_and_loses_nothing(
             await asyncio.sleep(0.01)
         store.gate.clear()
         sending = asyncio.create_task(agent.run(until_stored=last))
-        while server.slots.free_bytes:
+        while not server.slots.waiting:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
         full = machine.counters.bytes_received
@@ -81,7 +81,7 @@ async def test_receiving_waits_for_storing_to_catch_up(site: Site, monkeypatch: 
 
 async def test_receiving_goes_on_without_storage_that_stands_still(site: Site) -> None:
     store, tuning = GatedStore(), Tuning(uploads=1, log=SMALL_BLOBS)
-    async with asyncio.timeout(STORY_SECONDS), running(site, store, tuning=tuning) as server:
+    async with asyncio.timeout(STORY_SECONDS), running(site, store, tuning=tuning, cache_slots=32) as server:
         agent = site.agent(server.port)
         agent.begin()
         await agent.run(until_stored=1)

@@ -221,3 +221,17 @@ def test_damage_in_the_cache_takes_back_what_lies_behind_it_and_no_more() -> Non
     assert stream.next_sequence == given[1].first_sequence == stream.received_sequence + 1
     assert stream.tick(99.0) == []
     assert stream.pending_bytes == 0
+
+
+def test_damage_in_the_cache_lets_go_of_a_slot_that_holds_half_a_frame_and_no_other() -> None:
+    stream = Stream(MACHINE, 0, CUTTING)
+    feeder = Feeder(stream)
+    feeder.frame(1 << 20, 10, 1.0)
+    [given] = stream.tick(2.0)
+    stream.restart(0)
+    closed = stream.close()
+    empty = Slot(9, 9, stream.next_sequence, memoryview(bytearray(4096)), filled=100)
+    stream.open(empty)
+    changed = stream.truncate(given)
+    assert set(changed) == {closed, empty}
+    assert all(slot.is_done for slot in changed)

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 _LIST = Path(__file__).resolve().parents[2] / "setup" / "system-packages.txt"
-_ALSO = {"qemu-io": "qemu-utils", "nbdinfo": "libnbd-bin", "e2fsck": "e2fsprogs", "debugfs": "e2fsprogs"}
+_ALSO = {
+    "qemu-io": "qemu-utils",
+    "nbdinfo": "libnbd-bin",
+    "e2fsck": "e2fsprogs",
+    "debugfs": "e2fsprogs",
+    "dumpe2fs": "e2fsprogs",
+    "xfs_db": "xfsprogs",
+    "xfs_repair": "xfsprogs",
+}
 
 
 @cache

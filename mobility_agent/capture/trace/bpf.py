@@ -41,6 +41,9 @@ _PERF_FLAG_CLOEXEC: Final = 8
 _PERF_IOC_ENABLE, _PERF_IOC_SET_BPF = 0x2400, 0x40042408
 _LOG_BYTES: Final = 1 << 20
 _MAX_RECURSION_OFFSET: Final = 208  # of recursion_misses in struct bpf_prog_info (Linux 5.12)
+#: A program's name as the kernel's lists show it: this, then the number of the process that loaded it.
+NAME: Final = "replicar"
+_NAME_BYTES: Final = 16  # BPF_OBJ_NAME_LEN, the final zero counted
 #: A record's header in a ring: length with a busy bit on top, page offset.
 RING_HEADER_BYTES: Final = 8
 _BUSY: Final = 1 << 31
@@ -288,7 +291,9 @@ def _load(code: bytes) -> int:
 
     def attempt(level: int, size: int, log: int) -> int:
         where = ctypes.addressof(instructions), ctypes.addressof(licence)
-        attributes = struct.pack("<IIQQIIQI", _PROG_TRACEPOINT, len(code) // 8, *where, level, size, log, 0)
+        name = f"{NAME}{os.getpid()}".encode()[: _NAME_BYTES - 1]
+        sizes = _PROG_TRACEPOINT, len(code) // 8
+        attributes = struct.pack(f"<IIQQIIQII{_NAME_BYTES}s", *sizes, *where, level, size, log, 0, 0, name)
         return int.from_bytes(_bpf(_PROG_LOAD, attributes), "little")
 
     try:

@@ -14,8 +14,9 @@ It converges as the live migration of a machine does: copy what is dirty, which 
 when little enough is left to be read within a share of the freeze's budget, freeze. Past the budget: thaw, go on
 copying, try again; after `MAX_TRIES` say so.
 
-Weak: what happened while no agent ran is not known, so after a restart a disk is copied in full. A disk that is written
-to without a file system (a raw database) gives a point only if it holds still by itself.
+Weak: what happened while no agent ran is not known, so after a restart a disk is read in full, and what differs from
+the replica is sent. A disk that is written to without a file system (a raw database) gives a point only if it holds
+still by itself.
 """
 
 from __future__ import annotations
@@ -58,10 +59,12 @@ READ_SHARE: Final = 0.25
 _LITTLE_BYTES: Final = 256 << 10
 #: Rounds of background copying begin this far apart, so that what is written over and over is copied once in it.
 ROUND_SECONDS: Final = 1.0
+#: The copier's share of its time, by how many seconds of copying are left; beyond them it takes what it can get.
+SHARES: Final = ((5.0, 0.05), (15.0, 0.25))
 #: How long a disk may be without a moment at rest before it is frozen to have one.
 REST_SECONDS: Final = 2.0
 #: A drain of few events costs as much as one of many; half a second of 200,000 events/s would still fit the ring.
-DRAIN_SECONDS: Final = 0.05
+DRAIN_SECONDS: Final = 0.1
 #: How long a point that is read waits for room in the log.
 ROOM_SECONDS: Final = 5.0
 _FREEZES: Final = 1024
@@ -109,7 +112,7 @@ class TraceCapture:
         self._guard = Guard()
         self._stage = stage or Stage()
         self._follower = Follower(disks, source, clock)
-        self._copier = Copier(disks, ladder.log, clock, bytes_per_second=bytes_per_second)
+        self._copier = Copier(disks, ladder, clock, bytes_per_second=bytes_per_second)
         self._copying = asyncio.Lock()
         self._is_still = False  # a thread holds the disks still, and does the draining
         self._whole_at: int | None = None  # how often the disks had been in doubt when they were last copied in full
@@ -151,6 +154,11 @@ class TraceCapture:
     @property
     def copied_bytes(self) -> int:
         return self._copier.copied_bytes
+
+    @property
+    def equal_bytes(self) -> int:
+        """What was read and found to be in the replica already."""
+        return self._copier.equal_bytes
 
     @property
     def doubts(self) -> int:
@@ -229,7 +237,7 @@ class TraceCapture:
         self._stage.copied()
         if not self._ladder.close_gap():
             raise TransientError(
-                "no recovery point: events were lost while it was made", hint="the disks are copied in full first"
+                "no recovery point: events were lost while it was made", hint="the disks are compared in full first"
             )
         try:
             sequence = append_mark()
@@ -240,6 +248,7 @@ class TraceCapture:
 
     async def _log_staged(self, disk: TrackedDisk, offset: int, view: memoryview) -> None:
         until = self._clock.monotonic() + ROOM_SECONDS
+        await self._copier.touch(disk, [(offset, len(view))])
         while not self._copier.append(disk, offset, view):
             if self._clock.monotonic() > until:
                 raise TransientError(
@@ -247,6 +256,7 @@ class TraceCapture:
                     hint="is the process server reachable? `mobility-agent status`",
                 )
             await self._clock.sleep(MOMENT_SECONDS)
+            await self._copier.touch(disk, [(offset, len(view))])
 
     async def _converge(self, until: float, why: str) -> list[Filesystem]:
         """Copy until little enough is left to be read within the budget; the file systems to freeze."""
@@ -276,6 +286,14 @@ class TraceCapture:
             hint="they come faster than they are copied, or a full copy is under way; see dirty_bytes in the status",
             dirty_bytes=left,
         )
+
+    def _share(self) -> float:
+        """What of its time the copier may take beside whoever writes: what is written over and over is best copied
+        once, at the point, as long as the point does not have to wait for too much."""
+        if not self.is_whole:
+            return 1.0
+        seconds = self._follower.dirty_bytes / self._copier.read_rate
+        return next((share for most, share in SHARES if seconds < most), 1.0)
 
     def _target_bytes(self) -> int:
         return int(min(self._stage.size_bytes, max(self._copier.read_rate * self._budget * READ_SHARE, _LITTLE_BYTES)))
@@ -332,6 +350,7 @@ class TraceCapture:
             full = True
             while full:  # one batch at a time, so that a point has not long to wait for its turn
                 async with self._copying:
+                    batch_began = self._clock.monotonic()
                     follower.begin_counting()
                     if follower.restless_since is not None and began - follower.restless_since > REST_SECONDS:
                         await self._freeze_to_rest(await asyncio.to_thread(self._filesystems))
@@ -340,5 +359,6 @@ class TraceCapture:
                     # What is left then is being written just now.
                     if not full and follower.is_begun and follower.dirty_bytes <= self._stage.size_bytes:
                         self._whole_at = doubts
-                await self._clock.sleep(0)
+                    spent = self._clock.monotonic() - batch_began
+                await self._clock.sleep(spent * (1 / self._share() - 1))
             await self._clock.sleep(max(began + ROUND_SECONDS - self._clock.monotonic(), MOMENT_SECONDS))

@@ -2,6 +2,9 @@
 
 What is copied is clean before it is read (see `extents`), and dirty again if it could not be logged. Zeros become ZERO
 records. Copying yields to what has to go out: it waits while the log is more than half full.
+
+Of whole chunks only those go into the log that the stream is not known to have (`digests`), so that a disk of which
+nothing is known any more is read and hashed in full, and not sent in full.
 """
 
 from __future__ import annotations
@@ -9,14 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import mmap
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Final, TypeVar
 
 import numpy as np
 
 from mobility_agent.capture.trace.extents import Taken
 from mobility_agent.capture.trace.tracked import TrackedDisk
-from mobility_agent.changelog import ChangeLog
+from mobility_agent.digests import CHUNK_BYTES, Rows
+from mobility_agent.ladder import Ladder
 from replicar.clock import Clock
 from replicar.formats.frame import Kind
 
@@ -44,15 +48,15 @@ class Copier:
     """
 
     def __init__(
-        self, disks: Sequence[TrackedDisk], log: ChangeLog, clock: Clock, *, bytes_per_second: int = 0
+        self, disks: Sequence[TrackedDisk], ladder: Ladder, clock: Clock, *, bytes_per_second: int = 0
     ) -> None:
-        self._disks, self._changes, self._clock = disks, log, clock
+        self._disks, self._ladder, self._changes, self._clock = disks, ladder, ladder.log, clock
         self._rate = bytes_per_second
         self._due = 0.0
         # Page-aligned, owned, reused. A batch may be a region more than its limit, and is read into whole pages.
         more = max(disk.regions.region_bytes for disk in disks) + mmap.PAGESIZE
         self._batch = memoryview(mmap.mmap(-1, BATCH_BYTES + more))
-        self.copied_bytes = 0
+        self.copied_bytes = self.equal_bytes = 0
         #: Bytes a second that reading extents gave lately.
         self.read_rate = _FIRST_RATE
 
@@ -70,8 +74,14 @@ class Copier:
                     await self._pace(taken.byte_count)
         return copied
 
+    async def touch(self, disk: TrackedDisk, taken: Iterable[tuple[int, int]]) -> None:
+        """Have these ranges recorded as touched, as whatever changes a digest has to be."""
+        touched = self._ladder.touched[disk.index]
+        while missing := [extent for extent in taken if not touched.covers(*extent)]:
+            await touched.record_all(missing)
+
     def append(self, disk: TrackedDisk, offset: int, view: memoryview) -> bool:
-        """Put this content into the log; False: no room now."""
+        """Put this content into the log, of which its range is recorded as touched; False: no room now."""
         if np.frombuffer(view, np.uint64).any():
             done = self._changes.append_copy(Kind.WRITE, disk.index, offset, len(view), view)
         else:
@@ -83,10 +93,12 @@ class Copier:
     async def _copy(self, disk: TrackedDisk, taken: Taken) -> bool:
         done = False
         try:
-            seconds = await to_the_end(asyncio.to_thread(self._read, disk, taken))
+            seconds, rows = await to_the_end(asyncio.to_thread(self._read, disk, taken))
             rate = taken.byte_count / max(seconds, 1e-6)
             self.read_rate = (1 - _RATE_WEIGHT) * self.read_rate + _RATE_WEIGHT * rate
-            done = all(self.append(disk, offset, view) for offset, view in self._pieces(taken))
+            await self.touch(disk, list(taken))
+            pieces = zip(self._pieces(taken), rows, strict=True)
+            done = all(self._append_differing(disk, *piece, of) for piece, of in pieces)
         except OSError as error:
             _log.error("disk %s can't be read: %s", disk.name, error)
             await self._clock.sleep(_FAILURE_SECONDS)
@@ -97,11 +109,31 @@ class Copier:
                 disk.extents.put_back(taken)
         return done
 
-    def _read(self, disk: TrackedDisk, taken: Taken) -> float:
-        began = self._clock.monotonic()
+    def _read(self, disk: TrackedDisk, taken: Taken) -> tuple[float, list[Rows | None]]:
+        """Read the batch; how long it took, and the digests of those extents that hold whole chunks."""
+        began, digests = self._clock.monotonic(), self._ladder.digests.get(disk.index)
         for offset, view in self._pieces(taken):
             disk.read_into(offset, view)
-        return self._clock.monotonic() - began
+        seconds = self._clock.monotonic() - began
+        whole = (len(view) >= CHUNK_BYTES and digests is not None for _, view in self._pieces(taken))
+        pieces = zip(self._pieces(taken), whole, strict=True)
+        return seconds, [digests.rows(*piece) if has and digests is not None else None for piece, has in pieces]
+
+    def _append_differing(self, disk: TrackedDisk, offset: int, view: memoryview, rows: Rows | None) -> bool:
+        digests = self._ladder.digests.get(disk.index)
+        if rows is None or digests is None:
+            return self.append(disk, offset, view)
+        self._changes.seal()
+        begin, _ = digests.whole(offset, len(view))
+        sent = 0
+        for start, length in list(digests.differing(offset, len(view), rows)):
+            if not self.append(disk, start, view[start - offset : start - offset + length]):
+                return False
+            first, end = digests.whole(start, length)
+            digests.put(first * CHUNK_BYTES, rows[first - begin : end - begin])
+            sent += length
+        self.equal_bytes += len(view) - sent
+        return True
 
     def _pieces(self, taken: Taken) -> list[tuple[int, memoryview]]:
         places = np.cumsum(taken.lengths) - taken.lengths  # granules are pages, but for the disk's last

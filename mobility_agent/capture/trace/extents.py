@@ -94,32 +94,40 @@ class DirtyExtents:
         first = offsets // GRANULE_BYTES
         counts = (offsets + lengths - 1) // GRANULE_BYTES - first + 1
         small = counts <= _LARGE
-        granules = _spread(first[small], counts[small])
+        granules = first if (counts == 1).all() else _spread(first[small], counts[small])
         bits = np.left_shift(1, granules & 7).astype(np.uint8)
         np.bitwise_or.at(self._bits, granules >> 3, bits)
         self._touched[granules // self._per_region] = True
         for start, count in zip(first[~small].tolist(), counts[~small].tolist(), strict=True):
             self._mark_large(start, start + count)
 
-    def begin(self, offsets: Numbers, lengths: Numbers, *, sign: int = 1) -> None:
+    def begin(self, offsets: Numbers, lengths: Numbers) -> None:
         """These ranges are being written; `finish` when they have been."""
+        self.count(offsets, lengths, np.ones(len(offsets), np.int32))
+
+    def finish(self, offsets: Numbers, lengths: Numbers) -> None:
+        self.count(offsets, lengths, np.full(len(offsets), -1, np.int32))
+
+    def count(self, offsets: Numbers, lengths: Numbers, signs: npt.NDArray[np.int32]) -> None:
+        """The same for many at once: 1 where a range begins to be written, -1 where it has been."""
         size = self.regions.region_bytes
         first = offsets // size
         counts = (offsets + lengths - 1) // size - first + 1
+        if (counts == 1).all():
+            np.add.at(self._under_way, first, (lengths >> 9).astype(np.int32) * signs)
+            return
         small = counts <= _LARGE
         numbers = _spread(first[small], counts[small])
         owner = np.repeat(np.flatnonzero(small), counts[small])
         start = np.maximum(offsets[owner], numbers * size)
         end = np.minimum(offsets[owner] + lengths[owner], (numbers + 1) * size)
-        np.add.at(self._under_way, numbers, ((end - start) >> 9).astype(np.int32) * np.int32(sign))
-        for offset, length in zip(offsets[~small].tolist(), lengths[~small].tolist(), strict=True):
+        np.add.at(self._under_way, numbers, ((end - start) >> 9).astype(np.int32) * signs[owner])
+        large = zip(offsets[~small].tolist(), lengths[~small].tolist(), signs[~small].tolist(), strict=True)
+        for offset, length, sign in large:
             one, last, end_ = offset // size, (offset + length - 1) // size, offset + length
             self._under_way[one] += sign * (((one + 1) * size - offset) >> 9)
             self._under_way[one + 1 : last] += sign * (size >> 9)
             self._under_way[last] += sign * ((end_ - last * size) >> 9)
-
-    def finish(self, offsets: Numbers, lengths: Numbers) -> None:
-        self.begin(offsets, lengths, sign=-1)
 
     def at_rest(self) -> None:
         """Nothing is being written, whatever the events said."""

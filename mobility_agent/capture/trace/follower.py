@@ -16,6 +16,8 @@ from replicar.clock import Clock
 
 #: Records lost are looked for this often; it costs a few system calls.
 LOST_SECONDS: Final = 0.2
+#: And completions that went missing this often; what waits for one is copied a little later.
+REST_LOOK_SECONDS: Final = 0.3
 
 
 class Follower:
@@ -29,7 +31,7 @@ class Follower:
     def __init__(self, disks: Sequence[TrackedDisk], source: EventSource, clock: Clock) -> None:
         self._disks, self._source, self._clock = disks, source, clock
         self._lost = source.lost()
-        self._lost_looked = clock.monotonic()
+        self._lost_looked = self._rest_looked = clock.monotonic()
         self._devices: set[int] = set()
         #: Since when a disk waits for a moment at rest; None: none does.
         self.restless_since: float | None = None
@@ -70,7 +72,10 @@ class Follower:
         self._look_for_lost()
 
     def look_for_rest(self) -> None:
-        """Where the kernel has no write under way, forget those whose completions went missing."""
+        """Where the kernel has no write under way, forget those whose completions went missing; now and then."""
+        if self._clock.monotonic() < self._rest_looked + REST_LOOK_SECONDS:
+            return
+        self._rest_looked = self._clock.monotonic()
         for disk in self._disks:
             if disk.extents.under_way and not disk.counters.read().in_flight:
                 before = disk.event_count

@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.trace.counters import Completeness, Counters
-from mobility_agent.capture.trace.events import Events, What, device_number
+from mobility_agent.capture.trace.events import EVENT, Events, What, device_number
 from mobility_agent.capture.trace.extents import DirtyExtents, Numbers, sectors_to_bytes
 from mobility_agent.regions import DirtyRegions
 from replicar.errors import PermanentError
 
 _SYSTEM: Final = Path("/sys/dev/block")
+_LETTERS: Final = EVENT["rwbs"].itemsize
 
 
 class BlockDevice:
@@ -122,30 +124,35 @@ class TrackedDisk(Disk):
 
     def apply(self, events: Events) -> None:
         """Take in what of these events is this disk's."""
-        events = events[np.isin(events["device"], self.watched)]
+        if len(self.watched) == 1:
+            mine = events["device"] == self.watched[0]
+        else:
+            mine = np.isin(events["device"], self.watched)
+        if not mine.all():
+            events = events[mine]
         if not events.size:
             return
-        self.event_count += int(np.count_nonzero(events["what"] != What.COMPLETE))
-        for what in What:
-            chosen = events[events["what"] == what]
-            if not chosen.size:
-                continue
-            sectors = int(chosen["sectors"].sum(dtype=np.int64))
-            if what is What.ISSUE:
-                self.completeness.captured += sectors
-                self._discard_drift -= _discarded(chosen)
-            elif what is What.REQUEUE:
-                self.completeness.captured -= sectors
-                self._discard_drift += _discarded(chosen)
-            ranges = self._ranges(chosen)
-            if what in (What.ISSUE, What.QUEUE):
-                self.extents.mark(*ranges)
-            if what is What.ISSUE:
-                self.extents.begin(*ranges)
-            elif what is not What.QUEUE:
-                self.extents.finish(*ranges)
-            if self.discard_ranges:
-                self._follow_discards(what, chosen, ranges)
+        # Columns, once: a selection of whole records costs more than all that is done with them.
+        kinds = np.ascontiguousarray(events["what"])
+        sectors = events["sectors"].astype(np.int64)
+        issued = kinds == What.ISSUE
+        ended = (kinds == What.COMPLETE) | (kinds == What.REQUEUE)
+        requeued = kinds == What.REQUEUE
+        self.event_count += int(np.count_nonzero(kinds != What.COMPLETE))
+        self.completeness.captured += int(sectors[issued].sum()) - int(sectors[requeued].sum())
+        offsets, lengths, inside = self._ranges(events["sector"], sectors)
+        marked = (issued | (kinds == What.QUEUE)) & inside
+        self.extents.mark(offsets[marked], lengths[marked])
+        counted = (issued | ended) & inside
+        signs = np.where(issued[counted], np.int32(1), np.int32(-1))
+        self.extents.count(offsets[counted], lengths[counted], signs)
+        if self.discard_ranges:
+            self._discard_drift -= _discarded(events[issued]) - _discarded(events[requeued])
+            for what in What:
+                chosen = kinds == what
+                if chosen.any():
+                    ranges = offsets[chosen & inside], lengths[chosen & inside]
+                    self._follow_discards(what, events[chosen], ranges)
 
     def at_rest(self) -> None:
         """Nothing is being written, and all events are drained: forget what events said is under way."""
@@ -173,13 +180,14 @@ class TrackedDisk(Disk):
         self.completeness.doubt()
         self.extents.mark_all()
 
-    def _ranges(self, events: Events) -> tuple[Numbers, Numbers]:
-        """Offsets and lengths in bytes within this disk; what lies outside the partition is cut off."""
-        begin = sectors_to_bytes(events["sector"]) - self.device.start_bytes
-        end = np.minimum(begin + sectors_to_bytes(events["sectors"]), self.size_bytes)
+    def _ranges(
+        self, sector: npt.NDArray[np.uint64], sectors: Numbers
+    ) -> tuple[Numbers, Numbers, npt.NDArray[np.bool_]]:
+        """Offsets and lengths in bytes within this disk, and which of them lie in the partition at all."""
+        begin = sectors_to_bytes(sector) - self.device.start_bytes
+        end = np.minimum(begin + (sectors << 9), self.size_bytes)
         begin = np.maximum(begin, 0)
-        inside = end > begin
-        return begin[inside], (end - begin)[inside]
+        return begin, end - begin, end > begin
 
     def _follow_discards(self, what: What, events: Events, ranges: tuple[Numbers, Numbers]) -> None:
         if what is What.QUEUE:
@@ -197,7 +205,7 @@ class TrackedDisk(Disk):
 
 
 def _discarded(events: Events) -> int:
-    letters = np.ascontiguousarray(events["rwbs"]).view(np.uint8).reshape(len(events), -1)
+    letters = np.ascontiguousarray(events["rwbs"]).view(np.uint8).reshape(len(events), _LETTERS)
     discards = (letters[:, 0] == ord("D")) | ((letters[:, 0] == ord("F")) & (letters[:, 1] == ord("D")))
     return int(events["sectors"][discards].sum(dtype=np.int64))
 

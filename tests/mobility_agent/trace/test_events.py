@@ -6,9 +6,11 @@ import asyncio
 import ctypes
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,21 +33,38 @@ pytestmark = pytest.mark.needs_root
 BOTH = pytest.mark.parametrize("method", [Method.BPF, Method.TRACEFS])
 
 
-def programs() -> set[int]:
-    """The numbers of all eBPF programs that the kernel holds."""
+_PROG_GET_NEXT_ID, _PROG_GET_FD_BY_ID = 11, 13
+NOTHING: tuple[set[int], set[str]] = set(), set()
+
+
+def left_by(process: int) -> tuple[set[int], set[str]]:
+    """What the kernel holds of one process: the numbers of its eBPF programs, its instances in tracefs.
+
+    Other tests trace at the same time, so nothing but the names tells whose a program is.
+    """
     found: set[int] = set()
     last = 0
-    while True:
-        attributes = ctypes.create_string_buffer(last.to_bytes(4, "little"), 144)
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.syscall(bpf._NUMBERS[os.uname().machine][0], 11, attributes, 144) < 0:
-            return found
-        last = int.from_bytes(attributes.raw[4:8], "little")
-        found.add(last)
+    with suppress(FileNotFoundError):  # after the last one
+        while True:
+            last = int.from_bytes(bpf._bpf(_PROG_GET_NEXT_ID, struct.pack("<I", last))[4:8], "little")
+            if program_name(last) == f"{bpf.NAME}{process}":
+                found.add(last)
+    instances = {name for name in os.listdir(root() / "instances") if name.startswith(f"{PREFIX}{process}-")}
+    return found, instances
 
 
-def instances() -> set[str]:
-    return {name for name in os.listdir(root() / "instances") if name.startswith(PREFIX)}
+def program_name(number: int) -> str:
+    numbers = bpf._NUMBERS[os.uname().machine]
+    buffer = ctypes.create_string_buffer(struct.pack("<I", number), 144)
+    fd = ctypes.CDLL(None).syscall(numbers[0], _PROG_GET_FD_BY_ID, buffer, 144)
+    if fd < 0:
+        return ""  # gone meanwhile
+    try:
+        info = ctypes.create_string_buffer(256)
+        bpf._bpf(bpf._OBJ_GET_INFO, struct.pack("<IIQ", fd, len(info), ctypes.addressof(info)))
+    finally:
+        os.close(fd)
+    return info.raw[64:80].rstrip(b"\0").decode()
 
 
 @BOTH
@@ -147,12 +166,11 @@ async def test_events_that_go_missing_without_a_trace_are_found_by_the_kernels_c
 
 @BOTH
 async def test_afterwards_nothing_is_left_in_the_kernel(tmp_path: Path, method: Method) -> None:
-    before = programs(), instances()
     with loop_disk(tmp_path, "a", filesystem="ext4") as loop:
         async with tracing(tmp_path, [loop], method=method) as rig:
             await rig.point()
-            assert (programs(), instances()) != before
-    assert (programs(), instances()) == before
+            assert left_by(os.getpid()) != NOTHING
+    assert left_by(os.getpid()) == NOTHING
 
 
 HOLDER = """
@@ -172,7 +190,6 @@ asyncio.run(main())
 
 @BOTH
 async def test_a_killed_agent_leaves_nothing_in_the_kernel(tmp_path: Path, method: Method) -> None:
-    before = programs(), instances()
     with loop_disk(tmp_path, "a", filesystem="ext4") as loop:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", HOLDER, loop.device, loop.image, loop.mountpoint, tmp_path, method),
@@ -180,27 +197,28 @@ async def test_a_killed_agent_leaves_nothing_in_the_kernel(tmp_path: Path, metho
         )
         assert process.stdout is not None
         assert await process.stdout.readline() == b"tracing\n"
-        assert (programs(), instances()) != before
+        assert left_by(process.pid) != NOTHING
         process.send_signal(signal.SIGKILL)
         await process.wait()
         for _ in range(100):  # the guard removes the instance as soon as it sees that the agent is gone
-            if (programs(), instances()) == before:
+            if left_by(process.pid) == NOTHING:
                 break
             await asyncio.sleep(0.05)
-        assert (programs(), instances()) == before
+        assert left_by(process.pid) == NOTHING
 
 
 def test_an_instance_that_a_dead_agent_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    (root() / "instances" / f"{PREFIX}4194305-0").mkdir()  # a process number that none can have
+    process = 4194305  # a number that none can have
+    (root() / "instances" / f"{PREFIX}{process}-0").mkdir()
+    assert left_by(process) != NOTHING
     TracefsEvents().close()
-    assert f"{PREFIX}4194305-0" not in instances()
+    assert left_by(process) == NOTHING
 
 
 def test_a_program_that_the_verifier_refuses_is_refused_with_its_words() -> None:
     code = Assembler()
     code.load(8, 0, 10, 16)  # beyond the stack
     code.exit()
-    before = programs()
     with pytest.raises(PermanentError, match="invalid"):
         Probe(tracepoint("block_rq_issue").number, code.code())
-    assert programs() == before
+    assert left_by(os.getpid()) == NOTHING

@@ -12,10 +12,9 @@ import pytest
 from mobility_agent.capture.trace.choice import Method, choose, choose_method
 from mobility_agent.capture.trace.events import EVENT, Events, What
 from mobility_agent.capture.trace.tracked import TrackedDisk
-from mobility_agent.control import regions_path
 from mobility_agent.ladder import Ladder
 from mobility_agent.regions import DirtyRegions
-from mobility_agent.state import StateDirectory
+from mobility_agent.state import StateDirectory, regions_path
 from mobility_agent.traced import open_regions
 from replicar.errors import PermanentError
 from replicar.formats import record

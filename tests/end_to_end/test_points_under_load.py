@@ -1,0 +1,171 @@
+"""Points of a disk under everything at once: a database, files made and removed, direct writes, discards.
+
+Each point is recovered and held against what the disk was: byte for byte where nothing moved when it was made, by the
+file system's own check, and by the database, which has to start, find its indexes sound, and have every commit that it
+had acknowledged and none that came later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from simulator.cluster import Cluster
+from tests.end_to_end.test_application import Commits
+from tests.end_to_end.test_trace import DISK, SETTINGS, whole
+from tests.mobility_agent.fuse.stage import looped, make_filesystem, mounted
+from tests.mobility_agent.trace.rig import Churn, run
+from tests.support.databases import PostgreSQL, postgresql, postgresql_programs
+from tests.support.tools import need
+
+pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(240)]
+
+MIB = 1 << 20
+DISK_BYTES = 384 * MIB
+#: A hundred points make a log of some GB, which every recovery reads from its beginning.
+RECOVER_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was known when a point was made: the disk's digest (None: it was moving), and which commit is the last."""
+
+    name: str
+    digest: str | None
+    earliest: int
+    latest: int
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Where the database's own user gets through to, by a path short enough for sockets."""
+    made = Path(tempfile.mkdtemp(prefix="replicar-"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+@contextmanager
+def pgbench(server: PostgreSQL) -> Iterator[None]:
+    """The benchmark's clients at work, at a rate that leaves room for the rest."""
+    program = server.programs / "pgbench"
+    command = ["setpriv", "--reuid", "postgres", "--regid", "postgres", "--init-groups", "--", str(program)]
+    where = ["-h", str(server.sockets), "postgres"]
+    subprocess.run([*command, "-i", "-q", *where], check=True, capture_output=True, cwd="/", timeout=60)
+    load = subprocess.Popen(
+        [*command, "-c", "4", "-T", "3600", "-R", "100", "-n", *where],
+        cwd="/",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+        assert load.poll() is None, "pgbench ended early"
+    finally:
+        load.terminate()
+        load.wait(30)
+
+
+async def _shown(cluster: Cluster, image: Path, where: Path, commits: Commits, name: str) -> Kept:
+    """A point of a disk that is shown as a file, made while it is frozen."""
+    await asyncio.to_thread(run, "fsfreeze", "-f", where)
+    try:
+        acknowledged = commits.acknowledged
+        digest = hashlib.sha256(image.read_bytes()).hexdigest()
+        (await cluster.replicar("tag", cluster.machine, name)).require()
+    finally:
+        await asyncio.to_thread(run, "fsfreeze", "-u", where)
+    return Kept(name, digest, acknowledged, acknowledged + 1)  # one may be on the disk and not be acknowledged
+
+
+async def _traced(cluster: Cluster, image: Path, where: Path, commits: Commits, name: str) -> Kept:
+    """A point of a traced disk, for which the agent freezes it."""
+    before = commits.acknowledged
+    (await cluster.replicar("tag", cluster.machine, name)).require()
+    return Kept(name, None, before, commits.acknowledged + 1)
+
+
+async def _story(directory: Path, place: Path, *, capture: str, kind: str, points: int) -> None:
+    postgresql_programs()
+    image, file, where = place / "disk.img", place / "shown" / "disk", place / "mounted"
+    with image.open("wb") as made:
+        made.truncate(DISK_BYTES)
+    kept: list[Kept] = []
+    with ExitStack() as closing:
+        if capture == "trace":
+            disk = closing.enter_context(looped(image))
+            make_filesystem(kind, disk)
+            closing.enter_context(mounted(disk, where))
+            cluster = Cluster(directory, disks={DISK: disk}, agent_settings=SETTINGS)
+        else:
+            cluster = Cluster(directory, disks={DISK: image}, files={DISK: file})
+        async with cluster:
+            await cluster.start()
+            (await cluster.replicar("protect", cluster.machine)).require()
+            if capture == "trace":
+                await whole(cluster)
+            else:
+                device = closing.enter_context(looped(file))
+                await asyncio.to_thread(make_filesystem, kind, device)
+                await asyncio.to_thread(lambda: closing.enter_context(mounted(device, where)))
+                async with cluster.control() as control, asyncio.timeout(60):
+                    while (await control.points(cluster.machine)).ordered_from is None:
+                        await asyncio.sleep(0.1)
+            point = _traced if capture == "trace" else _shown
+            with postgresql(where / "data", place / "run") as server, pgbench(server), Commits(server) as commits:
+                for number in range(points):
+                    with Churn([where], seed=number):
+                        await asyncio.sleep(0.3)
+                        kept.append(await point(cluster, image, where, commits, f"p{number}"))
+            await asyncio.to_thread(run, "fstrim", where)
+            if capture != "trace":
+                await asyncio.to_thread(closing.close)  # while there is an agent that answers
+            (await cluster.replicar("tag", cluster.machine, "last", "--wait-stored")).require()
+            for found in kept:
+                recovered = place / "recovered.raw"
+                arguments: list[str | Path] = ["--point", found.name, "--disk", DISK, "--raw", recovered]
+                done = await cluster.replicar("recover", cluster.machine, *arguments, limit_seconds=RECOVER_SECONDS)
+                done.require()
+                await asyncio.to_thread(_judge, recovered, kind, found, place)
+
+
+def _judge(image: Path, kind: str, kept: Kept, place: Path) -> None:
+    """Hold a recovered disk against what was known; it is used up by that."""
+    if kept.digest is not None:
+        assert hashlib.sha256(image.read_bytes()).hexdigest() == kept.digest, kept.name
+    with looped(image) as device:
+        if kind == "ext4":
+            run(need("e2fsck"), "-fp", device)  # as at a boot: the journal is replayed, nothing else is mended
+            run("e2fsck", "-fn", device)
+        with mounted(device, place / "again") as where:
+            (where / "data" / "postmaster.pid").unlink(missing_ok=True)
+            with postgresql(where / "data", place / "run-again") as server:
+                server.sql("CREATE EXTENSION amcheck")
+                server.sql("SELECT bt_index_check(c.oid, true) FROM pg_class c WHERE relkind = 'i' AND relam = 403")
+                count, last = map(int, server.sql("SELECT count(*), max(n) FROM commits").split("|"))
+        if kind == "xfs":
+            run("xfs_repair", "-n", device)
+    assert count == last, kept.name
+    assert kept.earliest <= last <= kept.latest, kept.name
+    image.unlink()
+
+
+async def test_points_of_a_disk_that_is_shown_as_a_file(tmp_path: Path, place: Path) -> None:
+    await _story(tmp_path, place, capture="file", kind="xfs", points=2)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("capture", ["file", "trace"])
+async def test_a_hundred_points(tmp_path: Path, place: Path, capture: str, kind: str) -> None:
+    await _story(tmp_path, place, capture=capture, kind=kind, points=100)

@@ -1,0 +1,67 @@
+"""The maps of a disk that grew: what they knew they know, and nothing is known of what was added."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mobility_agent.allocation.skipped import SkippedRegions
+from mobility_agent.digests import CHUNK_BYTES, Digests
+from mobility_agent.regions import DirtyRegions
+from mobility_agent.touched import REGION_BYTES, TouchedRegions
+
+MIB = 1 << 20
+
+
+def test_only_what_was_added_is_dirty(tmp_path: Path) -> None:
+    regions = DirtyRegions(tmp_path / "r", 8 * MIB - 512)
+    regions.clear(0, 8 * MIB - 512)
+    regions.mark(2 * MIB, 512)
+    regions.close()
+    for _ in range(2):
+        regions = DirtyRegions(tmp_path / "r", 11 * MIB)
+        assert regions.dirty().tolist() == [2, 7, 8, 9, 10]  # 7 ends where the disk did, and goes on
+        regions.close()
+
+
+def test_a_smaller_disk_is_another_one(tmp_path: Path) -> None:
+    regions = DirtyRegions(tmp_path / "r", 8 * MIB)
+    regions.clear(0, 8 * MIB)
+    regions.close()
+    regions = DirtyRegions(tmp_path / "r", 4 * MIB)
+    assert regions.count == 4
+    regions.close()
+
+
+async def test_what_was_touched_stays_so(tmp_path: Path) -> None:
+    touched = TouchedRegions(tmp_path / "t", 2 * REGION_BYTES)
+    await touched.record(0, 512)
+    touched.close()
+    touched = TouchedRegions(tmp_path / "t", 5 * REGION_BYTES)
+    assert touched.known
+    assert touched.ranges() == [(0, REGION_BYTES)]
+    touched.close()
+
+
+def test_digests_are_known_but_for_a_last_chunk_that_was_short(tmp_path: Path) -> None:
+    digests = Digests(tmp_path / "d", 3 * CHUNK_BYTES - 512)
+    digests.put(0, np.full((3, 2), 7, np.uint64))
+    digests.close()
+    digests = Digests(tmp_path / "d", 8 * CHUNK_BYTES)
+    assert digests.known == 2
+    digests.close()
+
+
+def test_free_space_that_was_left_out_still_is(tmp_path: Path) -> None:
+    regions = DirtyRegions(tmp_path / "r", 8 * MIB)
+    skipped = SkippedRegions(tmp_path / "s", regions)
+    skipped.put(np.array([[2 * MIB, 4 * MIB]]))
+    skipped.close()
+    regions.close()
+    regions = DirtyRegions(tmp_path / "r", 16 * MIB)
+    skipped = SkippedRegions(tmp_path / "s", regions)
+    assert not skipped.is_new
+    assert skipped.byte_count == 2 * MIB
+    skipped.close()
+    regions.close()

@@ -1,0 +1,106 @@
+"""SIGKILL at any instant, on any rung: the replica ends equal to the disk, and only what is dirty is read again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from mobility_agent.logstate import Past
+from replicar.errors import ReplicarError
+from replicar.formats import frame
+from simulator.nbd_client import NbdClient
+from tests.mobility_agent.core import MIB, Core, agent_core, replay
+from tests.mobility_agent.killable import FEW_EXTENTS, SMALL_LOG, last_of
+
+DISK_BYTES = 24 * MIB
+
+
+async def _life(directory: Path, draw: random.Random) -> None:
+    """Write through an agent in a process of its own, whose server comes late, until it is killed."""
+    process = await asyncio.create_subprocess_exec(
+        *(
+            sys.executable,
+            "-m",
+            "tests.mobility_agent.killable",
+            str(directory),
+            f"--away={draw.choice((0.0, 0.2, 0.5))}",
+        ),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"serving\n"
+
+    async def write(client: NbdClient) -> None:
+        while True:
+            await client.write(
+                draw.randrange(0, DISK_BYTES - MIB, 512), draw.randbytes(draw.choice((512, 4096, 262144)))
+            )
+            if draw.random() < 0.05:
+                await client.trim(draw.randrange(0, DISK_BYTES - MIB, 4096), draw.choice((8192, MIB)))
+
+    client = await NbdClient.connect(directory / "nbd")
+    lanes = [asyncio.create_task(write(client)) for _ in range(4)]
+    await asyncio.sleep(draw.uniform(0.0, 0.9))
+    process.send_signal(signal.SIGKILL)
+    await process.wait()
+    results = await asyncio.gather(*lanes, return_exceptions=True)
+    assert all(isinstance(result, ReplicarError) for result in results), results
+    _cut(directory / "stored")
+
+
+def _cut(stored: Path) -> None:
+    """Take away what the killed process was writing: it is not whole, and so was not trimmed either."""
+    data, end = memoryview(stored.read_bytes()), 0
+    while (header := frame.read_header(data[end:])) is not None and end + header.frame_bytes <= len(data):
+        end += header.frame_bytes
+    data.release()
+    os.truncate(stored, end)
+
+
+async def _settle(core: Core, stored: Path) -> None:
+    """Have everything dirty copied, and everything in the log stored."""
+    seeding = asyncio.create_task(core.seeder.run())
+    with stored.open("ab") as file:
+        while core.ladder.in_gap or core.log.stored_sequence < core.log.next_sequence - 1:
+            core.log.seal()
+            frames = core.log.take(core.log.stored_sequence + 1)
+            if frames is not None:
+                file.write(frames)
+                core.log.trim(last_of(bytes(frames)))
+            await asyncio.sleep(0.002)
+    seeding.cancel()
+    await asyncio.gather(seeding, return_exceptions=True)
+
+
+async def _killed(directory: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    (directory / "disk.img").write_bytes(draw.randbytes(4 * MIB).ljust(DISK_BYTES, b"\0"))
+    stored = directory / "stored"
+    async with agent_core(directory, limit_bytes=SMALL_LOG, extents_held=FEW_EXTENTS) as core:
+        await _settle(core, stored)
+    for _ in range(2):
+        await _life(directory, draw)
+    async with agent_core(directory, limit_bytes=SMALL_LOG, extents_held=FEW_EXTENTS) as core:
+        assert core.log.past is Past.KNOWN
+        dirty = core.ladder.dirty_bytes
+        await _settle(core, stored)
+        replica = replay([found for _, found in frame.frames_in(stored.read_bytes())], DISK_BYTES)
+        assert replica == core.disk.path.read_bytes()
+        assert core.seeder.copied_bytes + core.seeder.equal_bytes <= dirty
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_kill_on_any_rung_leaves_a_replica_that_ends_equal(tmp_path: Path, seed: int) -> None:
+    await _killed(tmp_path, seed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(2000, 2200))
+async def test_two_hundred_kills(tmp_path: Path, seed: int) -> None:
+    await _killed(tmp_path, seed)
