@@ -26,7 +26,6 @@ from typing import Any, Final, TypeAlias
 
 from mobility_agent.auditing import Auditor
 from mobility_agent.capture.inline import InlineCapture
-from mobility_agent.capture.nbd_tls import server_context
 from mobility_agent.checkpoint import Checkpointer
 from mobility_agent.commands import CommandQueue
 from mobility_agent.control import Control
@@ -48,6 +47,7 @@ from replicar.clock import Clock, SystemClock
 from replicar.control.client import ControlClient
 from replicar.errors import PermanentError
 from replicar.formats.record import Consistency
+from replicar.nbd.tls import server_context
 
 STATUS_SECONDS: Final = 1.0
 Capture: TypeAlias = InlineCapture | TracedMachine

@@ -24,10 +24,10 @@ from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.fuse import session
 from mobility_agent.capture.fuse.front import FuseFront
 from mobility_agent.capture.host import Client
-from mobility_agent.capture.nbd import LOOPBACK, Errno, Tls
 from mobility_agent.gate import Held
 from mobility_agent.ladder import Ladder
 from replicar.errors import PermanentError
+from replicar.nbd.protocol import LOOPBACK, Errno, Tls
 
 MAX_CONNECTIONS: Final = 64
 #: Where a disk is served: a unix socket's path, or host and port.
