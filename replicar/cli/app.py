@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import protection, recover, vault, verify
+from replicar.cli import keys, protection, recover, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -38,10 +38,13 @@ for command in (
     vault.machines,
     vault.protect,
     protection.move,
+    protection.remove,
     vault.points,
     vault.tag,
     recover.recover,
     verify.verify,
+    keys.rotate_key,
+    keys.rewrap,
 ):
     app.command()(command)
 

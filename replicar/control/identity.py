@@ -53,6 +53,7 @@ class Role(StrEnum):
     PROCESS_SERVER = "process-server"
     CONFIG_SERVER = "config-server"
     OPERATOR = "operator"
+    AUDITOR = "auditor"
 
 
 def dns_name(party_id: uuid.UUID, role: Role) -> str:

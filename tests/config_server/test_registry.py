@@ -49,6 +49,8 @@ def test_a_registry_of_the_first_version_is_taken_over_with_what_it_counted(tmp_
         opened.connection.execute(f"ALTER TABLE machines DROP COLUMN {column}")
     opened.connection.execute("ALTER TABLE marks DROP COLUMN pause_seconds")
     opened.connection.execute("DROP TABLE group_points")
+    opened.connection.execute("DROP TABLE former_keys")
+    opened.connection.execute("ALTER TABLE machines DROP COLUMN destroyed_ns")
     opened.connection.execute("PRAGMA user_version = 1")
     opened.close()
     for _ in range(2):

@@ -43,6 +43,7 @@ from replicar.control.messages.limits import (
     MachineState,
 )
 from replicar.control.messages.operator import (
+    DestroyRequest,
     GroupMember,
     GroupPoint,
     GroupRequest,
@@ -57,6 +58,7 @@ from replicar.control.messages.operator import (
     VaultStatus,
 )
 from replicar.control.messages.server import (
+    FormerKey,
     MachineProgress,
     MachineTrouble,
     ProcessServerAssignment,
@@ -82,7 +84,9 @@ __all__ = [
     "AuditReport",
     "Command",
     "CommandRefusal",
+    "DestroyRequest",
     "DiskReport",
+    "FormerKey",
     "GapReport",
     "GroupMember",
     "GroupPoint",
