@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import recover, vault, verify
+from replicar.cli import export, recover, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     help="""Replicar: machines' disks replicated into Azure page blobs, and recovered to any point.
 
     This is the operator's command. It speaks to the config server with the identity that `config-server init` made;
-    `recover` and `verify` also read the storage account. Both are set in ~/.config/replicar/replicar.toml:
+    `recover`, `export` and `verify` also read the storage account. Both are set in ~/.config/replicar/replicar.toml:
 
     \b
         identity = "/var/lib/replicar/vault/operator"
@@ -33,7 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (vault.status, vault.machines, vault.protect, vault.points, vault.tag, recover.recover, verify.verify):
+for command in (
+    *(vault.status, vault.machines, vault.protect, vault.points, vault.tag),
+    *(recover.recover, export.export, verify.verify),
+):
     app.command()(command)
 
 
