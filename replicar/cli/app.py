@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import export, recover, vault, verify
+from replicar.cli import export, protection, recover, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -34,8 +34,15 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for command in (
-    *(vault.status, vault.machines, vault.protect, vault.points, vault.tag),
-    *(recover.recover, export.export, verify.verify),
+    vault.status,
+    vault.machines,
+    vault.protect,
+    protection.move,
+    vault.points,
+    vault.tag,
+    recover.recover,
+    export.export,
+    verify.verify,
 ):
     app.command()(command)
 
