@@ -132,6 +132,12 @@ class MarkRequest(Message):
     wait_seconds: Annotated[float, Field(ge=0, le=MAX_OPERATOR_WAIT_SECONDS)] = MAX_WAIT_SECONDS
 
 
+class MoveRequest(Message):
+    """POST /v1/machines/{name}/move: to the process server of that name; None leaves it to the config server."""
+
+    process_server: Name | None = None
+
+
 class GroupRequest(Message):
     """POST /v1/groups: one point over several machines. The caller chooses `group`, so that asking again makes no
     second one. `hold_seconds`: how long each machine's writers may be held for it, at most."""
