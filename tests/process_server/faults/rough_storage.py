@@ -56,7 +56,7 @@ class Fault(Enum):
     LOST_LEASE = auto()
 
 
-#: How often out of a hundred, for writing and for everything else. LOST_LEASE comes when it is asked for.
+#: How often out of a hundred, for writing and for everything else. LOST_LEASE comes only when it is due.
 _WEATHER: Final = {
     True: {Fault.ERROR: 3, Fault.ERROR_AFTER: 4, Fault.BUSY: 3, Fault.SLOW: 6, Fault.HALF: 4, Fault.LATE: 6},
     False: {Fault.ERROR: 1, Fault.BUSY: 1, Fault.SLOW: 3, Fault.HALF: 1, Fault.HANG_UP: 1, Fault.LATE: 1},
@@ -74,7 +74,7 @@ class RoughStorage:
     def __init__(self, azurite: Azurite, directory: Path, draw: Random) -> None:
         self.record = PageRecord()
         self.calm = True
-        self.lose_lease = False  # answer the next write with 412
+        self.due: list[Fault] = []  # what the next writes get, whatever the weather
         self.seen: Counter[Fault] = Counter()
         self.landed = self.refused = 0
         self._upstream = URL(azurite.blob_endpoint).origin()
@@ -149,9 +149,8 @@ class RoughStorage:
 
     def _fault(self, request: web.BaseRequest) -> Fault:
         writes = request.method == "PUT" and request.query.get("comp") == "page"
-        if writes and self.lose_lease:
-            self.lose_lease = False
-            return Fault.LOST_LEASE
+        if writes and self.due:
+            return self.due.pop(0)
         if self.calm or request.query.get("restype") == "container":
             return Fault.NONE
         luck = self._draw.randrange(100)

@@ -37,6 +37,9 @@ SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 26
 STORY_SECONDS = 280
 #: Frames that the machine holds and storage does not, beyond which it writes no more for now.
 MOST_PENDING = 60
+#: The steps of its disk among which a server that kills itself does so, if it comes that far in time.
+MOST_STEPS = 250
+LONGEST_LIFE_SECONDS = 4.0
 #: What an agent may be told while its server dies, is taken over, or has lost its lease. A ConflictError means loss.
 FINE = {"TransientError", "FencedError"}
 
@@ -53,6 +56,15 @@ class Story:
     lost: int = 0
     told: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        weather = {fault.name: count for fault, count in self.storage.seen.items()}
+        record = self.storage.record
+        return (
+            f"{', '.join(self.told)}; {self.lost} bytes forgotten by power cuts; requests {weather}; "
+            f"{self.storage.landed} landed late, {self.storage.refused} too late; "
+            f"{record.ranges} ranges written, {record.repeats} of them again with the same bytes"
+        )
+
     @property
     def server(self) -> Server:
         return self.here.server
@@ -65,10 +77,15 @@ class Story:
     def journal(self, server: Server) -> Path:
         return server.directory.with_suffix(".journal")
 
-    async def launch(self, server: Server) -> None:
-        """Start it over a layer that forgets; now and then it is to kill itself at some step."""
-        step = self.draw.choice((0, 0, self.draw.randrange(1, 120)))
-        layer = [sys.executable, "-m", "tests.process_server.faults.power", self.journal(server), str(step)]
+    async def launch(self, server: Server, step: int = 0) -> None:
+        """Start it over a layer that forgets; it kills itself at a step, if one is given."""
+        layer: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "tests.process_server.faults.power",
+            self.journal(server),
+            str(step),
+        ]
         server.command = layer
         await server.launch()
 
@@ -89,11 +106,12 @@ class Story:
                 await agent.converse()
             await asyncio.sleep(0.05)
 
-    async def moved(self, connections: int) -> None:
-        """Wait until the agent has been let in once more, or the server is dead already."""
+    async def stored(self, server: Server, more: int) -> None:
+        """Wait until so many more sequences are stored, or the server is dead already."""
         agent = self.here.agent
-        while agent.connections <= connections and self.alive(self.server):
-            await asyncio.sleep(0.02)
+        wanted = agent.stored + more
+        while agent.stored < wanted and self.alive(server):
+            await asyncio.sleep(0.01)
 
     @staticmethod
     def alive(server: Server) -> bool:
@@ -101,25 +119,30 @@ class Story:
 
     async def live_and_die(self) -> None:
         """One life: from a start to whatever ends it, and what that takes along."""
-        connections, server = self.here.agent.connections, self.server
-        await self.launch(server)
-        if self.draw.random() < 0.7:  # else it may die while it starts
-            await self.moved(connections)
-        await asyncio.sleep(self.draw.uniform(0, 1.5))
+        server, step = self.server, self.draw.choice((0, self.draw.randrange(1, MOST_STEPS)))
+        self.storage.due.append(self.draw.choice((Fault.LATE, Fault.NONE)))
+        await self.launch(server, step)
+        if step:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LONGEST_LIFE_SECONDS):
+                    await self.stored(server, 1 << 40)
+        elif self.draw.random() < 0.8:  # else it dies while it starts, or soon after
+            await self.stored(server, self.draw.randrange(1, 60))
+        await asyncio.sleep(self.draw.uniform(0, 0.8))
         how = self.draw.choice(("kill", "power", "power", "disk", "lease", "taken over"))
         self.told.append(how)
         if how == "lease":
-            self.storage.lose_lease = True
+            self.storage.due.append(Fault.LOST_LEASE)
             await asyncio.sleep(self.draw.uniform(0, 0.6))
         elif how == "taken over":
             await self.take_over()
         server.kill()
-        self.storage.lose_lease = False
+        self.storage.due.clear()
         self.check()
         if how in ("power", "taken over"):
             self.lost += power.cut(self.journal(server), self.draw)
         elif how == "disk":
-            (server.directory / "cache").unlink()
+            (server.directory / "cache").unlink(missing_ok=True)
             (server.directory / "status.json").unlink(missing_ok=True)
 
     async def take_over(self) -> None:
@@ -128,10 +151,9 @@ class Story:
         newer = Server(self.directory / f"ps{len(self.servers)}", older.storage, older.extra)
         shutil.copytree(older.directory, newer.directory, ignore=shutil.ignore_patterns("cache", "port", ".*"))
         await self.launch(newer)
-        await asyncio.sleep(self.draw.uniform(0.5, 3))
+        await asyncio.sleep(self.draw.uniform(0, 2))
         self.server = newer
-        if self.alive(newer):  # let it be somebody before the next life begins
-            await asyncio.sleep(self.draw.uniform(0, 1))
+        await self.stored(newer, self.draw.randrange(1, 20))
         newer.kill()
 
     def check(self) -> None:
@@ -147,9 +169,7 @@ async def test_whatever_dies_whenever_nothing_is_lost_doubled_or_written_by_two(
     draw = Random(seed)
     async with RoughStorage(azurite, tmp_path / "rough", draw) as storage:
         through = {"endpoint": storage.endpoint, "authority_file": str(storage.authority_file)}
-        async with world(
-            azurite, container_name, key_file, tmp_path, through=through, seconds=STORY_SECONDS
-        ) as here:
+        async with world(azurite, container_name, key_file, tmp_path, through=through, seconds=STORY_SECONDS) as here:
             story = Story(here, storage, draw, tmp_path, [here.server])
             agent = here.agent
             agent.begin()
@@ -173,9 +193,9 @@ async def test_whatever_dies_whenever_nothing_is_lost_doubled_or_written_by_two(
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                print(f"seed {seed}: {story.told}, {story.lost} bytes forgotten, {dict(storage.seen)}, "
-                      f"{storage.landed} landed late, {storage.refused} refused, "
-                      f"{storage.record.ranges} ranges, {storage.record.repeats} repeats")
+                for server in story.servers:
+                    server.kill()
+                print(f"seed {seed}: {story}")
             story.check()
             assert await here.stored() == agent.everything
             assert storage.seen[Fault.LATE]
