@@ -21,7 +21,7 @@ import sqlite3
 import uuid
 from typing import Any, Final
 
-from config_server import parties, points
+from config_server import points
 from config_server.parties import Party
 from config_server.vault import Vault
 from replicar.control.identity import INCARNATION_SHIFT
@@ -39,7 +39,6 @@ from replicar.errors import PermanentError
 
 #: Three of the longest polls: who was not heard of for so long is away.
 LIVE_SECONDS: Final = 90
-FIRST_EPOCH: Final = 1
 #: What a column holds.
 _MAX_COUNT: Final = 2**63 - 1
 
@@ -198,7 +197,7 @@ def server_of(connection: sqlite3.Connection, machine_id: uuid.UUID) -> uuid.UUI
 def protect(connection: sqlite3.Connection, vault: Vault, machine: Party, now_ns: int) -> uuid.UUID:
     """Assign a machine to the live process server with the fewest machines, with a data key; returns the server's id.
 
-    A machine that is assigned already stays where it is: moving it takes a new epoch, which is another operation.
+    A machine that is assigned already stays where it is.
 
     Raises:
         PermanentError: the machine was removed, or no process server is alive.
@@ -211,8 +210,15 @@ def protect(connection: sqlite3.Connection, vault: Vault, machine: Party, now_ns
             machine=machine.name,
         )
     assigned = server_of(connection, machine.id)
-    if assigned is not None:
-        return assigned
+    return assigned if assigned is not None else assign(connection, vault, machine.id, now_ns)
+
+
+def assign(connection: sqlite3.Connection, vault: Vault, machine_id: uuid.UUID, now_ns: int) -> uuid.UUID:
+    """Give a machine to the live process server with the fewest machines, under a new epoch; returns its id.
+
+    Raises:
+        PermanentError: no process server is alive.
+    """
     row = connection.execute(
         "SELECT process_servers.id FROM process_servers JOIN parties ON parties.id = process_servers.id"
         " WHERE parties.removed_ns IS NULL AND process_servers.heartbeat_ns >= ? ORDER BY"
@@ -220,20 +226,21 @@ def protect(connection: sqlite3.Connection, vault: Vault, machine: Party, now_ns
         " process_servers.cache_bytes_free DESC, process_servers.id LIMIT 1",
         (now_ns - LIVE_SECONDS * 10**9,),
     ).fetchone()
+    name = machine_row(connection, machine_id)["name"]
     if row is None:
         raise PermanentError(
-            f"no process server is alive to protect machine {machine.name}",
+            f"no process server is alive to protect machine {name}",
             hint="enrol one (`process-server enrol`) and start it (`process-server run`), then try again",
             status=409,
-            machine=machine.name,
+            machine=name,
         )
     connection.execute(
-        "UPDATE machines SET process_server_id = ?, epoch = ? WHERE id = ?", (row["id"], FIRST_EPOCH, str(machine.id))
+        "UPDATE machines SET process_server_id = ?, epoch = epoch + 1 WHERE id = ?", (row["id"], str(machine_id))
     )
-    if machine_row(connection, machine.id)["wrapped_key"] is None:
+    if machine_row(connection, machine_id)["wrapped_key"] is None:
         connection.execute(
             "UPDATE machines SET key_id = ?, wrapped_key = ? WHERE id = ?",
-            (str(uuid.uuid4()), vault.new_data_key(), str(machine.id)),
+            (str(uuid.uuid4()), vault.new_data_key(), str(machine_id)),
         )
     return uuid.UUID(row["id"])
 
@@ -264,11 +271,10 @@ def never_protected(name: str) -> PermanentError:
     )
 
 
-def remove(connection: sqlite3.Connection, machine: Party, now_ns: int) -> None:
-    """End a machine's protection and refuse it; its key and points stay, so that what is stored can be recovered."""
-    parties.remove(connection, machine, now_ns)
-    connection.execute("UPDATE machines SET process_server_id = NULL WHERE id = ?", (str(machine.id),))
-    connection.execute("DELETE FROM commands WHERE machine_id = ?", (str(machine.id),))
+def withdraw(connection: sqlite3.Connection, machine_id: uuid.UUID) -> None:
+    """Take a machine from its process server, and the commands from its list."""
+    connection.execute("UPDATE machines SET process_server_id = NULL WHERE id = ?", (str(machine_id),))
+    connection.execute("DELETE FROM commands WHERE machine_id = ?", (str(machine_id),))
 
 
 def machine_row(connection: sqlite3.Connection, machine_id: uuid.UUID) -> sqlite3.Row:
