@@ -24,7 +24,6 @@ import uvloop
 
 from bench import data as content
 from bench.measure import Moment, Window
-from mobility_agent.capture.nbd import REQUEST, REQUEST_MAGIC, Command
 from mobility_agent.changelog import FRAME_ROOM, RECORD_ROOM, ChangeLog
 from mobility_agent.metrics import Metrics
 from mobility_agent.retry import first_of
@@ -37,6 +36,7 @@ from replicar.control.messages import AgentAssignment, AgentHeartbeat, MachineSt
 from replicar.errors import LimitError, TransientError
 from replicar.formats import record
 from replicar.formats.frame import Flag, Kind
+from replicar.nbd.protocol import REQUEST, REQUEST_MAGIC, Command
 
 FILE_BYTES: Final = 64 << 20
 #: Of distinct data; the rest is it again.

@@ -36,7 +36,8 @@ class Bells:
     """All bells of a config server; for use on one event loop."""
 
     def __init__(self) -> None:
-        self._listeners: dict[Key, set[asyncio.Event]] = {}
+        # By key, in the order in which they came: a set of them would be walked in another order in every process.
+        self._listeners: dict[Key, dict[asyncio.Event, None]] = {}
         self._count = 0
         self._hurried: Counter[UUID] = Counter()
         self.closed = False
@@ -53,13 +54,13 @@ class Bells:
         key, bell = (topic, party_id), asyncio.Event()
         if self.closed:
             bell.set()
-        self._listeners.setdefault(key, set()).add(bell)
+        self._listeners.setdefault(key, {})[bell] = None
         self._count += 1
         try:
             yield bell
         finally:
             self._count -= 1
-            self._listeners[key].discard(bell)
+            self._listeners[key].pop(bell, None)
             if not self._listeners[key]:
                 del self._listeners[key]
 

@@ -6,7 +6,7 @@ import sqlite3
 import uuid
 from dataclasses import dataclass
 
-from config_server import machines
+from config_server import machines, parties, placement
 from config_server.lifecycle import REPLICATING, Seen, observed
 from config_server.vault import Vault
 from replicar.control.messages import AgentHeartbeat, LifeState, MachineHold, MachineState
@@ -111,10 +111,11 @@ def release(connection: sqlite3.Connection, vault: Vault, machine_id: uuid.UUID,
         ).fetchone()
         if row is not None:
             connection.execute(
-                "UPDATE machines SET process_server_id = ?, epoch = epoch + 1 WHERE id = ?",
-                (row["held_server_id"], str(machine_id)),
+                "UPDATE machines SET process_server_id = ? WHERE id = ?", (row["held_server_id"], str(machine_id))
             )
         else:
-            machines.assign(connection, vault, machine_id, now_ns)
+            name = machines.machine_row(connection, machine_id)["name"]
+            placement.protect(connection, vault, parties.machine_named(connection, name), now_ns)
+        connection.execute("UPDATE machines SET epoch = epoch + 1 WHERE id = ?", (str(machine_id),))
         connection.execute("UPDATE lives SET held = 0, held_server_id = NULL WHERE machine_id = ?", (str(machine_id),))
     return MachineHold(epoch=machines.machine_row(connection, machine_id)["epoch"], held=False)

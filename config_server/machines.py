@@ -1,4 +1,4 @@
-"""Machines and process servers: what they report, who serves whom, what each is to do; functions on a transaction.
+"""Machines and process servers: what they report, and what each is to do; functions on a transaction.
 
 Instructions are computed from the registry, whole, each time; their `version` is a digest of what they say, so that a
 long poll knows news from repetition without anybody keeping count.
@@ -192,57 +192,6 @@ def server_of(connection: sqlite3.Connection, machine_id: uuid.UUID) -> uuid.UUI
     """The process server that a machine is assigned to."""
     text = machine_row(connection, machine_id)["process_server_id"]
     return uuid.UUID(text) if text is not None else None
-
-
-def protect(connection: sqlite3.Connection, vault: Vault, machine: Party, now_ns: int) -> uuid.UUID:
-    """Assign a machine to the live process server with the fewest machines, with a data key; returns the server's id.
-
-    A machine that is assigned already stays where it is.
-
-    Raises:
-        PermanentError: the machine was removed, or no process server is alive.
-    """
-    if machine.removed_ns is not None:
-        raise PermanentError(
-            f"machine {machine.name} was removed from the vault",
-            hint="enrol it again: `mobility-agent enrol` on that machine",
-            status=409,
-            machine=machine.name,
-        )
-    assigned = server_of(connection, machine.id)
-    return assigned if assigned is not None else assign(connection, vault, machine.id, now_ns)
-
-
-def assign(connection: sqlite3.Connection, vault: Vault, machine_id: uuid.UUID, now_ns: int) -> uuid.UUID:
-    """Give a machine to the live process server with the fewest machines, under a new epoch; returns its id.
-
-    Raises:
-        PermanentError: no process server is alive.
-    """
-    row = connection.execute(
-        "SELECT process_servers.id FROM process_servers JOIN parties ON parties.id = process_servers.id"
-        " WHERE parties.removed_ns IS NULL AND process_servers.heartbeat_ns >= ? ORDER BY"
-        " (SELECT count(*) FROM machines WHERE machines.process_server_id = process_servers.id),"
-        " process_servers.cache_bytes_free DESC, process_servers.id LIMIT 1",
-        (now_ns - LIVE_SECONDS * 10**9,),
-    ).fetchone()
-    name = machine_row(connection, machine_id)["name"]
-    if row is None:
-        raise PermanentError(
-            f"no process server is alive to protect machine {name}",
-            hint="enrol one (`process-server enrol`) and start it (`process-server run`), then try again",
-            status=409,
-            machine=name,
-        )
-    connection.execute(
-        "UPDATE machines SET process_server_id = ?, epoch = epoch + 1 WHERE id = ?", (row["id"], str(machine_id))
-    )
-    if machine_row(connection, machine_id)["wrapped_key"] is None:
-        connection.execute(
-            "UPDATE machines SET key_id = ?, wrapped_key = ? WHERE id = ?",
-            (str(uuid.uuid4()), vault.new_data_key(), str(machine_id)),
-        )
-    return uuid.UUID(row["id"])
 
 
 def machine_key(connection: sqlite3.Connection, vault: Vault, machine: Party) -> MachineKey:

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from importlib import metadata
 from typing import Final
 
-from config_server import groups, machines, overview, parties, points
+from config_server import groups, machines, overview, parties, placement, points
 from config_server.api import Call, Context, Route, hold
-from config_server.bells import Topic
+from config_server.bells import Bells, Topic
 from config_server.jobs import opening
+from config_server.placement import Move
 from replicar.control.identity import Role
 from replicar.control.messages import (
     GroupPoint,
@@ -21,6 +22,7 @@ from replicar.control.messages import (
     MachineList,
     MachineSummary,
     MarkRequest,
+    MoveRequest,
     Point,
     PointList,
     VaultStatus,
@@ -74,6 +76,26 @@ async def post_protect(context: Context, call: Call) -> MachineSummary:
         context.bells.ring(Topic.INSTRUCTIONS, server_id)
     context.bells.ring(Topic.INSTRUCTIONS, summary.id)
     return summary
+
+
+async def post_move(context: Context, call: Call) -> MachineSummary:
+    name, request, now_ns = call.names["name"], MoveRequest.from_json(call.body), context.clock.now_ns()
+
+    def change(connection: sqlite3.Connection) -> tuple[Move, MachineSummary]:
+        move = placement.move(connection, parties.machine_named(connection, name), request.process_server, now_ns)
+        if move.server != move.former:
+            parties.audit(connection, call.asking().id, "move", f"machine {name}", now_ns)
+        return move, overview.summary(connection, move.machine_id, now_ns, context.troubles)
+
+    move, summary = await context.registry.run(change)
+    ring_move(context.bells, move)
+    return summary
+
+
+def ring_move(bells: Bells, move: Move) -> None:
+    """Tell all three of a move; the process server that takes over first, so that the agent finds it prepared."""
+    for party_id in (move.server, move.former, move.machine_id):
+        bells.ring(Topic.INSTRUCTIONS, party_id)
 
 
 async def post_remove(context: Context, call: Call) -> MachineSummary:
@@ -218,6 +240,7 @@ ROUTES: Final[tuple[Route, ...]] = tuple(
         ("GET", "/machines", get_machines, _PEOPLE | {Role.RECOVERY}),
         ("GET", "/machines/{name}", get_machine, _PEOPLE | {Role.RECOVERY}),
         ("POST", "/machines/{name}/protect", post_protect, _OPERATORS),
+        ("POST", "/machines/{name}/move", post_move, _OPERATORS),
         ("POST", "/machines/{name}/remove", post_remove, _OPERATORS),
         ("GET", "/machines/{name}/points", get_points, _PEOPLE | {Role.RECOVERY}),
         ("GET", "/machines/{name}/key", get_key, _KEYS),

@@ -23,6 +23,7 @@ from config_server.api import Context, application
 from config_server.bells import Bells
 from config_server.registry import RegistryThread
 from config_server.settings import ENVIRONMENT_PREFIX, Settings
+from config_server.takeover import Takeover
 from config_server.vault import IDENTITY_DIRECTORY, REGISTRY_FILE, SETTINGS_FILE, Vault
 from replicar.clock import Clock
 from replicar.control.identity import Identity
@@ -102,6 +103,11 @@ class ConfigServer:
         _log.info("renewed the config server's own certificate")
         return True
 
+    def takeover(self) -> Takeover:
+        """What moves machines off dead process servers; its `run` is the caller's to run."""
+        seconds = self._settings.takeover_seconds
+        return Takeover(self.registry, self.bells, self._clock, self._identity.id, seconds)
+
     async def keep_certificate(self) -> None:
         """Renew the server's own certificate whenever it is due; runs until cancelled.
 
@@ -133,10 +139,14 @@ async def run(settings: Settings, clock: Clock, stop: asyncio.Event, ready: Call
     async with ConfigServer(settings, clock) as server:
         try:
             async with asyncio.TaskGroup() as group:
-                keeper = group.create_task(server.keep_certificate(), name="keep certificate")
+                keepers = [
+                    group.create_task(server.keep_certificate(), name="keep certificate"),
+                    group.create_task(server.takeover().run(), name="takeover"),
+                ]
                 ready(server.port)
                 await stop.wait()
-                keeper.cancel()
+                for keeper in keepers:
+                    keeper.cancel()
         except* ReplicarError as errors:
             raise errors.exceptions[0] from None
 

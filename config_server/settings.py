@@ -25,7 +25,8 @@ DEFAULT_DIRECTORY: Final = Path("/var/lib/replicar/vault")
 class Settings(BaseSettings):
     """What `config-server run` needs to know.
 
-    `address` is where the other parts reach this server (`host:port`); it goes into the identities made here.
+    `address` is where the other parts reach this server (`host:port`); it goes into the identities made here. A process
+    server that is silent for `takeover_seconds` loses those of its machines that reach nobody; 0: never.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True)
@@ -35,6 +36,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
     address: str = ""
     heartbeat_seconds: Annotated[float, Field(ge=1, le=MAX_WAIT_SECONDS)] = 10.0
+    takeover_seconds: Annotated[float, Field(ge=0)] = 900.0
 
     @classmethod
     def settings_customise_sources(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import ssl
 from collections.abc import Coroutine, Iterator
 from importlib import metadata
@@ -26,7 +27,6 @@ from typing import Any, Final, TypeAlias
 
 from mobility_agent.auditing import Auditor
 from mobility_agent.capture.inline import InlineCapture
-from mobility_agent.capture.nbd_tls import server_context
 from mobility_agent.checkpoint import Checkpointer
 from mobility_agent.commands import CommandQueue
 from mobility_agent.control import Control
@@ -48,6 +48,7 @@ from replicar.clock import Clock, SystemClock
 from replicar.control.client import ControlClient
 from replicar.errors import PermanentError
 from replicar.formats.record import Consistency
+from replicar.nbd.tls import server_context
 
 STATUS_SECONDS: Final = 1.0
 Capture: TypeAlias = InlineCapture | TracedMachine
@@ -62,12 +63,15 @@ class Service:
 
     Args:
         settings: checked by `run`, together with the machine.
-        clock: the system's, unless a test has another.
+        clock: the system's, unless a test has another; so with `randomness`, which spreads what is tried again.
     """
 
-    def __init__(self, settings: AgentSettings, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self, settings: AgentSettings, *, clock: Clock | None = None, randomness: random.Random | None = None
+    ) -> None:
         self._settings = settings
         self._clock: Clock = clock or SystemClock()
+        self._randomness = randomness
         self._started_ns = self._clock.now_ns()
         self.metrics = Metrics()
         self._seeder: Seeder | None = None
@@ -96,6 +100,7 @@ class Service:
             clock,
             seal_delay_seconds=settings.seal_delay_seconds,
             rate_limit_bytes_per_second=settings.rate_limit_bytes_per_second,
+            randomness=self._randomness,
             software=f"replicar {metadata.version('replicar')}",
         )
         auditor = self._auditor(core)
@@ -118,6 +123,7 @@ class Service:
             traced=follower,
             carry_out=(follower or commands).carry_out,
             groups_of=groups,
+            randomness=self._randomness,
         )
         seeder = self._seeder = Seeder(core.ladder, clock, bytes_per_second=settings.seed_bytes_per_second or 0)
         async with follower or self._inline(core) as capture:

@@ -32,9 +32,9 @@ from typing import Annotated, Any, Final, Self
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from mobility_agent.capture.nbd import LOOPBACK
 from replicar.errors import PermanentError
 from replicar.formats.changelog import MAX_FILE_BYTES, MIN_FILE_BYTES
+from replicar.nbd.protocol import LOOPBACK
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_AGENT_"
 #: Names the settings file itself; the one variable of that prefix that is no setting.

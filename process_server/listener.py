@@ -37,7 +37,7 @@ class Listener:
     def __init__(self, find: MachineFinder, slots: Slots, now: Callable[[], float]) -> None:
         self.port = 0
         self._find, self._slots, self._now = find, slots, now
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, None] = {}  # oldest first
         self._by_peer: Counter[uuid.UUID] = Counter()
         self._nobody = asyncio.Event()
         self._nobody.set()
@@ -83,7 +83,7 @@ class Listener:
 
     def _came(self, connection: Connection, peer: uuid.UUID) -> None:
         """A connection stands. Raises LimitError when there are too many."""
-        self._connections.add(connection)
+        self._connections[connection] = None
         self._by_peer[peer] += 1
         self._nobody.clear()
         if len(self._connections) > MAX_CONNECTIONS:
@@ -99,7 +99,7 @@ class Listener:
     def _gone(self, connection: Connection) -> None:
         if connection not in self._connections:
             return
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
         assert connection.peer is not None
         self._by_peer[connection.peer.id] -= 1
         if not self._by_peer[connection.peer.id]:

@@ -91,6 +91,7 @@ class Cluster:
         process_server_toml, agent_toml = self.process_server_directory / "settings.toml", self._agent_toml
         self.process_server = self._child("process-server", "run", "--settings", process_server_toml)
         self.agent = self._child("mobility-agent", "run", "--settings", agent_toml, program=agent_program)
+        self._more: list[Child] = []
 
     # --- the whole ---
 
@@ -110,7 +111,7 @@ class Cluster:
 
     @property
     def children(self) -> list[Child]:
-        return [self.config_server, self.process_server, self.agent]
+        return [self.config_server, self.process_server, self.agent, *self._more]
 
     async def __aenter__(self) -> Self:
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -174,15 +175,28 @@ class Cluster:
     # --- process server ---
 
     async def enrol_process_server(self) -> None:
-        directory = self.process_server_directory
+        await self._enrol_process_server(self.process_server_directory, "ps-1", self.process_server_port)
+
+    async def add_process_server(self, name: str) -> Child:
+        """Enrol and start another process server, in the directory of its name; it is watched like the others."""
+        directory = self.directory / name
+        await self._enrol_process_server(directory, name, free_port())
+        toml = directory / "settings.toml"
+        child = Child(name, [*command.program("process-server"), "run", "--settings", toml], self._logs / f"{name}.log")
+        self._more.append(child)
+        child.start()
+        await _listening(child)
+        return child
+
+    async def _enrol_process_server(self, directory: Path, name: str, port: int) -> None:
         key: list[str | Path] = ["--registration-key-file", self.vault / "registration.key"]
-        await self._enrol("process-server", directory, "ps-1", *key)
+        await self._enrol("process-server", directory, name, *key)
         settings: dict[str, Any] = {
             "directory": str(directory),
             "listen_host": "127.0.0.1",
             "advertise_host": "127.0.0.1",
             # A fixed one: agents find it again while the config server is away.
-            "port": self.process_server_port,
+            "port": port,
             "cache_bytes": 256 * MIB,
             "heartbeat_seconds": HEARTBEAT_SECONDS,
             "storage": self._target_fields(),

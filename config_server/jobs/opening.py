@@ -11,7 +11,7 @@ import sqlite3
 import uuid
 from typing import Any
 
-from config_server import lifecycle, lives, machines, parties
+from config_server import lifecycle, lives, parties, placement
 from config_server.jobs import book, choice, own
 from config_server.jobs.plan import CANCELLABLE, PLANS, conflicts
 from config_server.parties import Party
@@ -82,7 +82,7 @@ def make(
         lives.move(connection, machine.id, following, now_ns)
     book.enter(connection, job, before, now_ns)
     if request.kind is JobKind.ENABLE:
-        machines.protect(connection, vault, machine, now_ns)
+        placement.protect(connection, vault, machine, now_ns)
     if request.kind is JobKind.DISABLE:
         _end_waiting(connection, machine.id, now_ns, but=job.id)
         lives.withdraw(connection, machine.id)

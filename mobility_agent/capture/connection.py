@@ -19,14 +19,14 @@ import ssl
 from collections.abc import Mapping
 from typing import Final, Protocol, cast
 
-from mobility_agent.capture import nbd
 from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.host import Host
-from mobility_agent.capture.nbd import REPLY, REPLY_MAGIC, REQUEST, REQUEST_MAGIC, Command, CommandFlag, Errno
 from mobility_agent.capture.reading import Reader, invalid
 from mobility_agent.capture.writing import Writer
 from replicar.errors import CorruptionError
 from replicar.formats.frame import SECTOR_BYTES, Kind
+from replicar.nbd import protocol as nbd
+from replicar.nbd.protocol import REPLY, REPLY_MAGIC, REQUEST, REQUEST_MAGIC, Command, CommandFlag, Errno
 
 #: Answers that a client does not fetch: beyond this its requests are not carried out any more.
 ANSWER_BYTES: Final = 8 << 20

@@ -24,10 +24,10 @@ from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.fuse import session
 from mobility_agent.capture.fuse.front import FuseFront
 from mobility_agent.capture.host import Client
-from mobility_agent.capture.nbd import LOOPBACK, Errno, Tls
 from mobility_agent.gate import Held
 from mobility_agent.ladder import Ladder
 from replicar.errors import PermanentError
+from replicar.nbd.protocol import LOOPBACK, Errno, Tls
 
 MAX_CONNECTIONS: Final = 64
 #: Where a disk is served: a unix socket's path, or host and port.
@@ -69,7 +69,7 @@ class InlineCapture:
         self._files, self._keepers = files or {}, keepers
         self._fronts: list[FuseFront] = []
         self._servers: list[asyncio.Server] = []
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, None] = {}  # oldest first
         self._waiting: list[tuple[Client, Disk, int]] = []
         self._records: set[asyncio.Task[None]] = set()
         self._flush_wanted = asyncio.Event()
@@ -115,11 +115,11 @@ class InlineCapture:
         if len(self._connections) >= MAX_CONNECTIONS:
             _log.warning("more than %d NBD connections: one is refused", MAX_CONNECTIONS)
             return False
-        self._connections.add(connection)
+        self._connections[connection] = None
         return True
 
     def forget(self, connection: Connection) -> None:
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
 
     def flush_soon(self, client: Client, disk: Disk, handle: int) -> None:
         self._waiting.append((client, disk, handle))

@@ -6,10 +6,10 @@ import logging
 from itertools import islice
 from typing import Final
 
-from mobility_agent.capture import nbd, replies
 from mobility_agent.capture.disk import Disk
-from mobility_agent.capture.nbd import CommandFlag, Errno
 from replicar.formats.frame import SECTOR_BYTES
+from replicar.nbd import protocol, replies
+from replicar.nbd.protocol import CommandFlag, Errno
 
 #: A read this long is looked at for holes, if the client can be told of them.
 SPARSE_BYTES: Final = 64 << 10
@@ -27,7 +27,7 @@ class Reader:
         chosen: what the client negotiated.
     """
 
-    def __init__(self, disk: Disk, chosen: nbd.Chosen) -> None:
+    def __init__(self, disk: Disk, chosen: protocol.Chosen) -> None:
         self._disk = disk
         self._structured = chosen.structured
         self.tells_allocation = chosen.allocation
@@ -35,7 +35,7 @@ class Reader:
     def read(self, flags: int, handle: int, offset: int, length: int) -> list[bytes]:
         """The whole answer to a read."""
         error = invalid(self._disk, offset, length)
-        if not error and length > nbd.MAX_REQUEST_BYTES:
+        if not error and length > protocol.MAX_REQUEST_BYTES:
             error = Errno.EOVERFLOW
         if not error:
             try:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import recover, vault, verify
+from replicar.cli import protection, recover, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -33,7 +33,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (vault.status, vault.machines, vault.protect, vault.points, vault.tag, recover.recover, verify.verify):
+for command in (
+    vault.status,
+    vault.machines,
+    vault.protect,
+    protection.move,
+    vault.points,
+    vault.tag,
+    recover.recover,
+    verify.verify,
+):
     app.command()(command)
 
 

@@ -27,6 +27,7 @@ from replicar.control.messages import (
     MachineList,
     MachineSummary,
     MarkRequest,
+    MoveRequest,
     Point,
     PointList,
     ProcessServerHeartbeat,
@@ -126,6 +127,12 @@ class ControlClient(JobCalls, WorkerCalls):
     async def protect(self, name: str) -> MachineSummary:
         """Assign the machine to the least loaded live process server; a machine that has one keeps it."""
         return await self._post(f"{machine_path(name)}/protect", None, MachineSummary)
+
+    async def move(self, name: str, process_server: str | None = None) -> MachineSummary:
+        """Give the machine to another process server, the one named or the least loaded; raises its epoch."""
+        return await self._post(
+            f"{machine_path(name)}/move", MoveRequest(process_server=process_server), MachineSummary
+        )
 
     async def remove(self, name: str) -> MachineSummary:
         """Stop protecting the machine and refuse its certificate; what is in storage stays, and its key too."""

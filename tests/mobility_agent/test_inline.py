@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mobility_agent.capture import nbd
 from mobility_agent.capture.disk import Disk
 from replicar.errors import PermanentError
+from replicar.nbd import protocol as nbd
 from simulator.nbd_client import NbdClient
 from tests.mobility_agent.core import MIB, agent_core, frames_of, gap_flags, replay
 from tests.support.tools import need

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from bench.certificates import Certificates
-from mobility_agent.capture.nbd import Handshake, Option, Tls
-from mobility_agent.capture.nbd_tls import server_context
 from replicar.errors import CorruptionError, PermanentError
+from replicar.nbd.protocol import Handshake, Option, Tls
+from replicar.nbd.tls import server_context
 from tests.mobility_agent.core import MIB, Core, agent_core, frames_of, replay
 from tests.support.tools import need
 

@@ -186,17 +186,16 @@ async def test_a_greedy_machine_leaves_room_in_the_cache_for_a_modest_one(site: 
         store.gate.clear()  # storage stands still, so nothing is given back
         for agent in (greedy, other):
             agent.begin()
-        greedy.fill(60, size=1 << 20)
-        last = other.fill(5)
+        lasts = greedy.fill(60, size=1 << 20), other.fill(5)
         sending = [asyncio.create_task(greedy.run())]
         while not server.slots.waiting:
             await asyncio.sleep(0.01)
         sending.append(asyncio.create_task(other.run()))
-        while other.received < last:
+        while other.received < lasts[1]:
             await asyncio.sleep(0.01)
-        assert greedy.received < 60
+        assert greedy.received < lasts[0]
         store.gate.set()
-        while greedy.stored < 61 or other.stored < last:
+        while (greedy.stored, other.stored) != lasts:
             await asyncio.sleep(0.01)
         for task in sending:
             task.cancel()

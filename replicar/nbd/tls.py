@@ -13,12 +13,13 @@ from pathlib import Path
 from replicar.errors import PermanentError
 
 
-def server_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
+def server_context(certificate: Path, key: Path, authority: Path, *, setting: str = "nbd_tls") -> ssl.SSLContext:
     """The context that NBD clients are met with.
 
     Args:
-        certificate, key: what the agent shows; PEM.
+        certificate, key: what the server shows; PEM.
         authority: whose certificates clients have to show; PEM.
+        setting: where the three are set, for errors.
 
     Raises:
         PermanentError: a file is missing, is no PEM, or is a key that others may read.
@@ -28,11 +29,11 @@ def server_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLCont
             mode = path.stat().st_mode
         except OSError as error:
             raise PermanentError(
-                f"nbd_tls: the {what} {path} can't be read: {error.strerror}", hint="check its path", path=str(path)
+                f"{setting}: the {what} {path} can't be read: {error.strerror}", hint="check its path", path=str(path)
             ) from None
         if what == "key" and mode & 0o077:
             raise PermanentError(
-                f"nbd_tls: the key {path} may be read by others (mode {mode & 0o777:o})",
+                f"{setting}: the key {path} may be read by others (mode {mode & 0o777:o})",
                 hint=f"chmod 600 {path}, and ask whether it has to be replaced",
                 path=str(path),
             )
@@ -44,7 +45,7 @@ def server_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLCont
         context.load_verify_locations(authority)
     except (OSError, ssl.SSLError) as error:
         raise PermanentError(
-            f"nbd_tls: certificate, key and authority can't be used: {error}",
+            f"{setting}: certificate, key and authority can't be used: {error}",
             hint="all three are PEM files, and the key is the certificate's",
             path=str(certificate),
         ) from None

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
-from mobility_agent.capture.nbd import REPLY, REPLY_MAGIC
+from replicar.nbd.protocol import REPLY, REPLY_MAGIC
 
 _CHUNK_MAGIC: Final = 0x668E33EF
 #: magic, flags, type, handle, length

@@ -8,7 +8,7 @@ Where TLS is required nothing is told to anybody before it: every other option i
 refuse, hung up on). What was negotiated before TLS counts for nothing after it, and a client that sends anything behind
 STARTTLS before TLS stands is no client but somebody in between (CVE-2021-3716 is of that kind): it is hung up on.
 
-The transmission phase is not here: it is the hot path, and lives in `connection` where bytes move.
+The transmission phase is not here: it is the hot path, and lives with each server where its bytes move.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class CommandFlag(IntFlag):
 class Errno(IntEnum):
     """The protocol's own error numbers (those of Linux)."""
 
+    EPERM = 1
     EIO = 5
     EINVAL = 22
     ENOSPC = 28
@@ -102,6 +103,8 @@ class _Info(IntEnum):
 #: HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES, CAN_MULTI_CONN: a flush on one connection covers
 #: what any connection was told is done, because all of them write through one log to one disk.
 TRANSMISSION_FLAGS: Final = 1 | 4 | 8 | 0x20 | 0x40 | 0x100
+#: HAS_FLAGS, READ_ONLY, SEND_FLUSH (which is nothing then), CAN_MULTI_CONN.
+READ_ONLY_FLAGS: Final = 1 | 2 | 4 | 0x100
 _SEND_DF: Final = 0x80
 _ALLOCATION: Final = b"base:allocation"
 
@@ -134,11 +137,13 @@ class Handshake:
     Args:
         exports: sizes in bytes by export name. The empty name means the only export, where there is one.
         tls: whether TLS can be had, and whether it is required (which it can only be where it can be had).
+        read_only: whether clients are told that they may not write.
     """
 
-    def __init__(self, exports: Mapping[str, int], tls: Tls = Tls.NONE) -> None:
+    def __init__(self, exports: Mapping[str, int], tls: Tls = Tls.NONE, *, read_only: bool = False) -> None:
         self._exports = exports
         self._tls = tls
+        self._allowed = READ_ONLY_FLAGS if read_only else TRANSMISSION_FLAGS
         self._secure = False
         self._structured = False
         self._allocation: str | None = None  # the export that the context was chosen for
@@ -277,7 +282,7 @@ class Handshake:
 
     @property
     def _flags(self) -> int:
-        return TRANSMISSION_FLAGS | (_SEND_DF if self._structured else 0)
+        return self._allowed | (_SEND_DF if self._structured else 0)
 
     def _choose(self, export: str) -> None:
         self.chosen = Chosen(export, self._structured, self._allocation == export)
