@@ -10,8 +10,8 @@ The client is used for what it knows (signatures, URLs, XML) and held back where
 - aiohttp below it repeats a PUT by itself when the service hangs up, which the rule for uncertain outcomes forbids;
   the same transport stops that;
 - its HTTP logger is replaced by one that is off, so no request pays for a log line and no URL reaches a log;
-- a memoryview reaches aiohttp as it is, a bytearray would be copied on the way; content validation is off, since
-  segments are sealed.
+- pages are written past it altogether, by `uplink`: the client's two milliseconds of Python a request were a third of
+  what a process server spends. Content validation is off in both, since segments are sealed.
 
 Every failure leaves through `_ask` as an error of our tree and *without* the library's exception as its cause or
 context: those can carry the URL, and with it a shared access signature.
@@ -37,8 +37,10 @@ from azure.storage.blob.aio import BlobClient, BlobLeaseClient, ContainerClient
 
 from replicar.errors import ConflictError, PermanentError, ReplicarError
 from replicar.storage.outcomes import NO_LEASE_CODES, answer_error, no_answer, past_end, untrusted
+from replicar.storage.signing import signer_for
 from replicar.storage.store import BLOB_MISSING, BlobInfo, Blobs, Pages, Ranges, is_missing, merge_ranges
 from replicar.storage.transport import OneRequestTransport
+from replicar.storage.uplink import NotConnectedError, Uplink
 
 #: Blob clients kept, one a name; making one costs about a tenth of a millisecond.
 MAX_CLIENTS: Final = 256
@@ -99,6 +101,17 @@ class AzureBlobStore:
             logger=_SILENT,
             max_single_get_size=SINGLE_READ_BYTES,
         )
+        signer = signer_for(credential)
+        self._uplink = (
+            Uplink(
+                *(account_url, container, signer),
+                trust=trust,
+                version=self._client.api_version,
+                request_seconds=request_timeout_seconds,
+            )
+            if signer is not None
+            else None
+        )
 
     def __repr__(self) -> str:
         return f"AzureBlobStore(container={self._name!r})"
@@ -113,6 +126,8 @@ class AzureBlobStore:
 
     async def close(self) -> None:
         self._blobs.clear()
+        if self._uplink is not None:
+            await self._uplink.close()
         await self._client.close()
 
     def budget_wait_seconds(self, name: str, length: int) -> float:
@@ -149,9 +164,17 @@ class AzureBlobStore:
         lease_id: str | None = None,
         if_sequence_number_lt: int | None = None,
     ) -> None:
+        if self._uplink is not None:
+            call = self._uplink.put_pages(name, offset, data, lease_id, if_sequence_number_lt)
+            reply = await self._ask("write pages", name, call)
+            if reply.status != 201:
+                code = reply.headers.get("x-ms-error-code", "")
+                where = {"doing": "write pages", "container": self._name, "blob": name}
+                raise answer_error(reply.status, code, reply.headers, **where)
+            return
         # The client slices what it is given: a view's slice is free, a bytearray's is a copy. (A `bytes` is its own.)
         page: Any = memoryview(data) if isinstance(data, bytearray) else data
-        call = self._blob(name).upload_page(
+        upload = self._blob(name).upload_page(
             page,
             offset,
             len(data),
@@ -159,7 +182,7 @@ class AzureBlobStore:
             if_sequence_number_lt=if_sequence_number_lt,
             validate_content=False,
         )
-        await self._ask("write pages", name, call)
+        await self._ask("write pages", name, upload)
 
     async def clear_pages(self, name: str, offset: int, length: int, *, lease_id: str | None = None) -> None:
         await self._ask("clear pages", name, self._blob(name).clear_page(offset, length, lease=lease_id))
@@ -254,7 +277,7 @@ class AzureBlobStore:
         if isinstance(cause, ssl.CertificateError):
             return untrusted(doing, self._name)
         # Only a connection that never came to be proves that nothing was sent.
-        certain = isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+        certain = isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | NotConnectedError)
         return no_answer(doing, self._name, name, cause=type(cause).__name__, certain=certain)
 
     def _blob(self, name: str) -> BlobClient:
