@@ -20,7 +20,7 @@ import sqlite3
 import uuid
 from typing import Any, Final
 
-from config_server import data_keys, parties, points
+from config_server import data_keys, points
 from config_server.parties import Party
 from config_server.vault import Vault
 from replicar.control.identity import INCARNATION_SHIFT
@@ -217,16 +217,10 @@ def never_protected(name: str) -> PermanentError:
     )
 
 
-def remove(connection: sqlite3.Connection, machine: Party, now_ns: int) -> None:
-    """End a machine's protection and refuse it; its keys and points stay, so that what is stored can be recovered.
-
-    Its epoch rises, so that a process server that does not hear of it can be shut out (see `replicar.log.headers`).
-    """
-    if machine.removed_ns is None:
-        connection.execute("UPDATE machines SET epoch = epoch + 1 WHERE id = ?", (str(machine.id),))
-    parties.remove(connection, machine, now_ns)
-    connection.execute("UPDATE machines SET process_server_id = NULL WHERE id = ?", (str(machine.id),))
-    connection.execute("DELETE FROM commands WHERE machine_id = ?", (str(machine.id),))
+def withdraw(connection: sqlite3.Connection, machine_id: uuid.UUID) -> None:
+    """Take a machine from its process server, and the commands from its list."""
+    connection.execute("UPDATE machines SET process_server_id = NULL WHERE id = ?", (str(machine_id),))
+    connection.execute("DELETE FROM commands WHERE machine_id = ?", (str(machine_id),))
 
 
 def machine_row(connection: sqlite3.Connection, machine_id: uuid.UUID) -> sqlite3.Row:
