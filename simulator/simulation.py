@@ -12,13 +12,13 @@ import asyncio
 import gc
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from simulator.judgement import judge, settle
-from simulator.loop_watch import watch
 from simulator.stage import Stage
 from simulator.story import Story
+from simulator.watching import watch
 from simulator.world.loop import StuckError
 from simulator.world.processes import Killed
 from simulator.world.world import standing
@@ -43,6 +43,10 @@ class Outcome:
     points: int
     segments: int
     trace: tuple[str, ...]
+
+    def without_trace(self) -> Outcome:
+        """For a way between processes, or to be kept with thousands of others."""
+        return replace(self, trace=())
 
 
 def simulate(story: Story) -> Outcome:
@@ -89,7 +93,7 @@ def simulate(story: Story) -> Outcome:
 
 async def _tell(stage: Stage) -> int:
     story = stage.story
-    async with stage.standing():
+    with stage.standing():
         stage.start()
         telling = [asyncio.ensure_future(_at(fault.at, stage.inject(fault))) for fault in story.faults]
         telling.append(asyncio.ensure_future(_at(PROTECT_SECONDS, _protect(stage))))

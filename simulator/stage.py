@@ -11,8 +11,8 @@ import contextvars
 import json
 import random
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final
 
 from config_server import machines as registry_machines
@@ -20,7 +20,7 @@ from config_server.bells import Topic
 from config_server.registry import Registry
 from config_server.vault import REGISTRY_FILE
 from mobility_agent import service
-from mobility_agent.core import Core
+from mobility_agent.core import Core, open_core
 from replicar.control.client import ControlClient
 from replicar.control.identity import Identity
 from replicar.errors import ReplicarError
@@ -35,6 +35,7 @@ from simulator.world.control import ControlService
 from simulator.world.files import PAGE
 from simulator.world.ledger import Ledger, WatchedStore
 from simulator.world.processes import Process
+from simulator.world.replaced import replaced
 from simulator.world.truth import Truth, make
 from simulator.world.world import World
 
@@ -356,7 +357,7 @@ class Stage:
     @asynccontextmanager
     async def observed(self, *args: Any, **options: Any) -> AsyncIterator[Core]:
         """`open_core`, with the stage looking on."""
-        async with _OPEN_CORE(*args, **options) as opened:
+        async with open_core(*args, **options) as opened:
             self._opened(opened)
             yield opened
 
@@ -377,17 +378,11 @@ class Stage:
 
         opened.log.trim = watched  # type: ignore[method-assign]
 
-    @asynccontextmanager
-    async def standing(self) -> AsyncIterator[None]:
+    @contextmanager
+    def standing(self) -> Iterator[None]:
         """While the story is told."""
-        service.open_core = self.observed  # type: ignore[assignment]
-        try:
+        with replaced((service, "open_core", self.observed)):
             yield
-        finally:
-            service.open_core = _OPEN_CORE
-
-
-_OPEN_CORE: Final = service.open_core
 
 
 def _what(error: BaseException) -> str:

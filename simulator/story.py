@@ -1,8 +1,8 @@
 """A story: everything that one seed decides before it begins, as data that can be written down and cut short.
 
-Which disks, which workloads, which settings, and which faults at which times. A fault carries a number of its own, from
-which it draws whatever it needs; so a story from which faults were taken away is the same story with fewer faults, and a
-failing one can be shrunk (`shrinking`).
+Which disks, which workloads, which settings, and which faults at which times. A fault carries a number of its own,
+from which it draws whatever it needs; so a story from which faults were taken away is the same story with fewer
+faults, and a failing one can be shrunk (`shrinking`).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ benchmarks and the tests on real processes choose from:
     zipf          small blocks, most of them the same few
     quiet         a write now and then
 
-A `Workload` is a kind and a few numbers, so a story can be written down; `operations` gives what is done with the second
-at which it is due. The rate is not even: it comes in phases, some of them busy, some idle.
+A `Workload` is a kind and a few numbers, so a story can be written down; `operations` gives what is done with the
+second at which it is due. The rate is not even: it comes in phases, some of them busy, some idle.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ async def _kill(stage: Stage, process: Process | None, draw: random.Random) -> N
     if draw.random() < 0.3:
         stage.world.kill(process)
         return
+    process.dies_behind = draw.random() < 0.5
     process.dies_in = draw.choice((1, 2, 3, draw.randint(1, 30), draw.randint(1, 150)))
     await asyncio.sleep(_PATIENCE_SECONDS)
     if process.alive:

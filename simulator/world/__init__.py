@@ -10,6 +10,6 @@
 
 Nothing of the product knows of it. The parts already take clock and storage as arguments; the rest of their world is
 what the operating system gives them, so it is replaced there: the event loop, and the functions of `os`, `mmap` and
-`random` by which the product reaches the outside. What lies in files really lies in files (in memory), so a mapping is a
-mapping; what is simulated is what of it would survive.
+`random` by which the product reaches the outside. What lies in files really lies in files (in memory), so a mapping is
+a mapping; what is simulated is what of it would survive.
 """

@@ -1,7 +1,7 @@
 """The application: writes to a machine's disks as its workload says, through the real NBD client, and keeps the truth.
 
-One coroutine a disk, several requests in flight. It never has two changes in flight at one place, as file systems don't.
-A connection that breaks loses what was in flight, and is made again, as a hypervisor does it.
+One coroutine a disk, several requests in flight. It never has two changes in flight at one place, as file systems
+don't. A connection that breaks loses what was in flight, and is made again, as a hypervisor does it.
 """
 
 from __future__ import annotations
@@ -96,8 +96,6 @@ class Application:
             # What was due while nobody answered is not made up for.
             self._behind = max(self._behind, self._clock.monotonic() - due - MAX_BEHIND_SECONDS)
             await asyncio.sleep(max(self._behind + due - self._clock.monotonic(), 0.0))
-            if not self.is_writing:
-                break
             if not client.connected:
                 raise TransientError("the connection broke")
             while len(self._waiting) >= IN_FLIGHT:
@@ -105,7 +103,7 @@ class Application:
             await self._place(found)
             task = asyncio.get_running_loop().create_task(self._do(client, found))
             self._waiting[task] = None
-            task.add_done_callback(lambda done: self._waiting.pop(done, None))  # type: ignore[arg-type]
+            task.add_done_callback(lambda done: self._waiting.pop(done, None))
         await self._settle()
 
     async def _place(self, operation: Operation) -> None:

@@ -64,10 +64,16 @@ class Weather:
 class BlobService:
     """The service. `weather` is its present one."""
 
-    def __init__(self, loop: VirtualLoop, randomness: random.Random, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        randomness: random.Random,
+        note: Callable[[str], None],
+        count: Callable[[str], None],
+    ) -> None:
         self.loop = loop
         self.randomness = randomness
-        self.note = note
+        self.note, self.count = note, count
         self.inner = MemoryStore(CONTAINER, clock=MachineClock(loop))
         self.weather = Weather()
         self.is_open: Callable[[str], bool] = lambda machine: True
@@ -256,6 +262,7 @@ class BlobClient:
             if not service.is_open(self._machine):
                 raise no_answer(doing, CONTAINER, name, cause="ServiceRequestError", certain=draw.random() < 0.5)
         fate = service.fate(writes=writes)
+        service.count(f"{self._machine} {doing} {name} {length} {fate}")
         place: dict[str, Any] = {"doing": doing, "container": CONTAINER, "blob": name}
         if fate in ("refused", "throttled"):
             await asyncio.sleep(travel)

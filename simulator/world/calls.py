@@ -11,20 +11,20 @@ memory, and can be seen to), and `os.urandom` follows from the seed.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from mobility_agent.capture import disk as capture_disk
 from simulator.world.files import REAL, FileSystem, Node
 from simulator.world.processes import Process, current
-
-_TIMED: Final = ("pread", "preadv", "pwrite", "pwritev")
+from simulator.world.replaced import replaced
 
 
 class Device:
@@ -64,27 +64,18 @@ class Calls:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Stand for the operating system until the block ends."""
-        replaced: list[tuple[Any, str, Any]] = []
-
-        def put(owner: Any, name: str, value: Any) -> None:
-            replaced.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, value)
-
-        try:
-            for name in (
-                *("open", "close", "dup", "fdopen", "pread", "preadv", "pwrite", "pwritev", "fsync", "fdatasync"),
-                *("ftruncate", "posix_fallocate", "replace", "rename", "unlink", "remove", "mkdir", "rmdir"),
-            ):
-                put(os, name, getattr(self, name))
-            put(os, "urandom", self.urandom)
-            put(random, "_urandom", self.urandom)
-            put(mmap, "mmap", _mapping(self))
-            put(capture_disk, "_libc", _Libc(self))
+        names = (
+            *("open", "close", "dup", "fdopen", "pread", "preadv", "pwrite", "pwritev", "fsync", "fdatasync"),
+            *("ftruncate", "posix_fallocate", "replace", "rename", "unlink", "remove", "mkdir", "rmdir", "urandom"),
+        )
+        with replaced(
+            *((os, name, getattr(self, name)) for name in names),
+            (random, "_urandom", self.urandom),
+            (mmap, "mmap", _mapping(self)),
+            (capture_disk, "_libc", _Libc(self)),
+        ):
             yield
-        finally:
-            for owner, name, value in reversed(replaced):
-                setattr(owner, name, value)
-            self._files.clear()
+        self._files.clear()
 
     # --- opening and closing ---
 
@@ -153,6 +144,7 @@ class Calls:
         place = offset if device is None else device.moved(file.path, offset)
         done = int(REAL.pwritev(descriptor, buffers, place, flags))
         file.process.machine.files.wrote(file.node, place, done)
+        _done()
         return done
 
     def punch(self, descriptor: int, offset: int, length: int) -> None:
@@ -192,6 +184,7 @@ class Calls:
         files.going(os.fspath(target))
         REAL.replace(source, target, **options)
         files.renamed(os.fspath(source), os.fspath(target))
+        _done()
 
     def rename(self, source: Any, target: Any, **options: Any) -> None:
         self.replace(source, target, **options)
@@ -249,6 +242,7 @@ class Calls:
             files.sync_failed(file.node, descriptor)
             raise
         files.synced(file.node, descriptor)
+        _done()
 
     def _reach(self, descriptor: int, call: str, offset: int, length: int) -> _File | None:
         process = current()
@@ -294,8 +288,6 @@ class _Libc:
         try:
             self._calls.punch(descriptor, offset, length)
         except OSError as error:
-            import ctypes
-
             ctypes.set_errno(error.errno or errno.EIO)
             return -1
         return 0
@@ -335,8 +327,11 @@ def _mapping(calls: Calls) -> type[mmap.mmap]:
     return Mapping
 
 
+def _done() -> None:
+    process = current()
+    if process is not None:
+        process.called()
+
+
 def _inside(process: Process, path: str) -> bool:
     return path.startswith(f"{process.machine.directory}/")
-
-
-AnyCall = Callable[..., Any]

@@ -160,7 +160,7 @@ class End(asyncio.Transport):
         self.out.put(bytes(data))
         if self.out.queued > self._high and not self.is_paused:
             self.is_paused = True
-            self.protocol.pause_writing()  # type: ignore[attr-defined]
+            self.protocol.pause_writing()
 
     def writelines(self, list_of_data: Any) -> None:
         self.write(b"".join(list_of_data))
@@ -283,9 +283,9 @@ class End(asyncio.Transport):
             if not self._reading:
                 self._waiting.appendleft(piece[done:])
                 break
-            buffer = protocol.get_buffer(-1)
+            buffer = memoryview(protocol.get_buffer(-1))
             count = min(len(buffer), len(piece) - done)
-            memoryview(buffer)[:count] = piece[done : done + count]
+            buffer[:count] = piece[done : done + count]
             del buffer
             done += count
             protocol.buffer_updated(count)
@@ -299,7 +299,7 @@ class End(asyncio.Transport):
 
     def _resume(self) -> None:
         if not self.is_closed:
-            self.protocol.resume_writing()  # type: ignore[attr-defined]
+            self.protocol.resume_writing()
 
     def _lose(self, error: Exception | None) -> None:
         if self._lost:

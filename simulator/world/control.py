@@ -1,7 +1,8 @@
 """The config server's API without HTTP: requests go from the real client to the real handlers over the world's network.
 
 `ControlTransport` stands for `replicar.control.transport.Transport`, `ControlService` for aiohttp's application. Who
-asks is who the asking process is; its certificate's serial goes along, so that the registry refuses what it has revoked.
+asks is who the asking process is; its certificate's serial goes along, so that the registry refuses what it has
+revoked.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class _Waiting:
     def process_died(self) -> None:
         if not self._answer.done():
             self._answer.set_exception(ConnectionResetError(104, "Connection reset by peer"))
-        self._answer.exception()
+            self._answer.exception()  # seen, even if nobody waits any more
 
 
 def _find(method: str, path: str) -> tuple[Route, dict[str, str]]:

@@ -25,6 +25,7 @@ class Ledger:
     def __init__(self) -> None:
         self.violations: list[str] = []
         self.segments = 0
+        self._reached: dict[uuid.UUID, int] = {}
         self._spans: dict[uuid.UUID, list[tuple[int, int]]] = {}
         self._newest: dict[uuid.UUID, tuple[int, int]] = {}
         self._salts: dict[bytes, tuple[int, int, int, bytes]] = {}
@@ -49,11 +50,14 @@ class Ledger:
 
     def stored_until(self, machine_id: uuid.UUID) -> int:
         """The last sequence before the first hole."""
+        if machine_id in self._reached:
+            return self._reached[machine_id]
         reached = 0
         for first, last in self._spans.get(machine_id, ()):
             if first > reached + 1 and not frame.may_begin_anew(first):
                 break
             reached = max(reached, last)
+        self._reached[machine_id] = reached
         return reached
 
     def _segment(self, machine_id: uuid.UUID, name: str, offset: int, data: bytes) -> None:
@@ -66,6 +70,7 @@ class Ledger:
             return
         self.segments += 1
         position = header.position
+        self._reached.pop(machine_id, None)
         insort(self._spans.setdefault(machine_id, []), (position.first_sequence, position.last_sequence))
         content = (position.number, position.first_sequence, position.last_sequence, data)
         known = self._salts.setdefault(header.salt, content)

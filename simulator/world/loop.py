@@ -1,8 +1,8 @@
 """Virtual time: an asyncio event loop that jumps to the next timer instead of waiting for it.
 
-It is asyncio's own `BaseEventLoop`, with its C tasks and futures, over a selector that has nothing to select from: asked
-to wait, it moves the time. So the code under test is scheduled exactly as asyncio does it, and a virtual minute costs
-what its callbacks cost.
+It is asyncio's own `BaseEventLoop`, with its C tasks and futures, over a selector that has nothing to select from:
+asked to wait, it moves the time. So the code under test is scheduled exactly as asyncio does it, and a virtual minute
+costs what its callbacks cost.
 
 What would bring the outside in is replaced or refused:
 
@@ -100,7 +100,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         #: What went wrong in callbacks, where asyncio would only log it.
         self.failures: list[dict[str, Any]] = []
         self._left: list[Any] = []
-        self.set_task_factory(_task)
+        self.set_task_factory(_task)  # type: ignore[arg-type]
         self.set_exception_handler(lambda _, context: self.failures.append(context))
 
     def time(self) -> float:
@@ -121,13 +121,13 @@ class VirtualLoop(base_events.BaseEventLoop):
     ) -> asyncio.Handle:
         return self.call_soon(callback, *args, context=context)
 
-    async def create_connection(  # type: ignore[override]
+    async def create_connection(
         self, protocol_factory: Callable[[], asyncio.BaseProtocol], host: Any = None, port: Any = None, **options: Any
     ) -> Any:
         assert self.network is not None, "this loop has no network"
         return await self.network.connect(protocol_factory, host, port, **options)
 
-    async def create_server(  # type: ignore[override]
+    async def create_server(
         self, protocol_factory: Callable[[], asyncio.BaseProtocol], host: Any = None, port: Any = None, **options: Any
     ) -> Any:
         assert self.network is not None, "this loop has no network"
@@ -157,12 +157,12 @@ def _task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], 
 def _work(
     future: asyncio.Future[Any], func: Callable[..., Any], args: tuple[Any, ...], loop: VirtualLoop, ends: float
 ) -> None:
+    result: Any = None
+    error: Exception | None = None
     try:
-        result, error = func(*args), None
-    except StopIteration as stop:  # a future can't hold one; threads have the same limit
-        result, error = None, RuntimeError(str(stop))
-    except Exception as raised:
-        result, error = None, raised
+        result = func(*args)
+    except Exception as raised:  # whatever it is, it is the caller's
+        error = raised
     loop.call_at(ends, _answer, future, result, error)
 
 

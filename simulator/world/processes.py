@@ -1,8 +1,8 @@
 """Machines and the processes on them, which may die at any call to the operating system, or between any two.
 
 A process is whatever runs in a context of its own: its tasks, their callbacks and timers, the files it has open, its
-ends of connections. `kill` takes all of that away at once, as SIGKILL does: no `finally` is run while the story goes on,
-nothing is flushed, nothing is said. What it had put into files and mappings is there for the next one.
+ends of connections. `kill` takes all of that away at once, as SIGKILL does: no `finally` is run while the story goes
+on, nothing is flushed, nothing is said. What it had put into files and mappings is there for the next one.
 
 In the middle of a call (`dies_in` calls from now) death is an exception that no `except Exception` catches; what runs
 on the way out finds every call refused, and changes nothing that outlives it.
@@ -71,6 +71,7 @@ class Process:
         self.descriptors: set[int] = set()
         self.ends: dict[Ends, None] = {}
         self.dies_in = 0  # calls; 0: not by itself
+        self.dies_behind = False  # when that call was done, instead of before
         self.on_death: Callable[[], None] = lambda: None
         self.error: BaseException | None = None
         self._tasks: list[asyncio.Task[Any]] = []
@@ -106,9 +107,20 @@ class Process:
             raise Killed
         if self.dies_in:
             self.dies_in -= 1
-            if not self.dies_in:
+            if not self.dies_in and not self.dies_behind:
                 self.kill()
                 raise Killed
+
+    def called(self) -> None:
+        """The call was done.
+
+        Raises:
+            Killed: it dies with that.
+        """
+        if self.dies_behind and not self.dies_in:
+            self.dies_behind = False
+            self.kill()
+            raise Killed
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -142,4 +154,4 @@ class Process:
         for task in tasks:
             coroutine = task.get_coro()
             with suppress(BaseException):
-                self.context.copy().run(coroutine.close)  # type: ignore[union-attr]
+                self.context.copy().run(coroutine.close)

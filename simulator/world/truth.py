@@ -1,7 +1,7 @@
 """What a disk must hold at every place of its machine's stream, known from the application's side.
 
-Of each change the stream's next sequence is noted when it is issued and when it is acknowledged. From these follows, for
-the state after any sequence S, without any clock:
+Of each change the stream's next sequence is noted when it is issued and when it is acknowledged. From these follows,
+for the state after any sequence S, without any clock:
 
     acknowledged when next was at most S + 1      its descriptor is not behind S: it must be there
     issued when next was above S                  its descriptor is behind S: it must not be there

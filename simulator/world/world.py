@@ -34,6 +34,7 @@ from simulator.world.files import FileSystem
 from simulator.world.loop import VirtualLoop
 from simulator.world.network import VirtualNetwork
 from simulator.world.processes import Killed, Machine, Process, current
+from simulator.world.replaced import replaced
 
 #: The longest trace that is kept line by line; the digest is of all lines.
 TRACE_LINES: Final = 20_000
@@ -55,7 +56,7 @@ class World:
         self._processes: list[Process] = []
         self.network = VirtualNetwork(self.loop, self.draw("network"), self.note)
         self.loop.network = self.network
-        self.blobs = BlobService(self.loop, self.draw("storage"), self.note)
+        self.blobs = BlobService(self.loop, self.draw("storage"), self.note, self.count)
         self.blobs.is_open = lambda machine: (
             self.network.is_open(machine, STORAGE) and self.network.is_open(STORAGE, machine)
         )
@@ -68,10 +69,14 @@ class World:
 
     def note(self, what: str) -> None:
         """It happened now."""
-        line = f"{self.loop.time():11.6f}  {what}"
+        line = f"{self.loop.time():11.6f}  {what}".replace(str(self.directory), "")
         self._digest.update(line.encode())
         if len(self.trace) < TRACE_LINES:
             self.trace.append(line)
+
+    def count(self, what: str) -> None:
+        """It happened now, and is too small for the trace: it goes into the digest."""
+        self._digest.update(f"{self.loop.time():.9f} {what}".encode())
 
     @property
     def digest(self) -> str:
@@ -154,21 +159,18 @@ def standing(seed: int) -> Iterator[World]:
     world = World(seed, directory)
     state = random.getstate()
     random.seed(seed)
-    before = client.Transport, core.boot_id
     ControlTransport.network, ControlTransport.services = world.network, world.services
-    client.Transport, core.boot_id = ControlTransport, _boot_id  # type: ignore[misc, assignment]
     collecting = gc.isenabled()
     gc.disable()
     asyncio.set_event_loop(world.loop)
     try:
-        with world.calls.installed():
+        with world.calls.installed(), replaced((client, "Transport", ControlTransport), (core, "boot_id", _boot_id)):
             try:
                 yield world
             finally:
                 with suppress(Killed):
                     world.take_down()
     finally:
-        client.Transport, core.boot_id = before  # type: ignore[misc, assignment]
         random.setstate(state)
         asyncio.set_event_loop(None)
         world.loop.set_exception_handler(lambda _, context: None)
