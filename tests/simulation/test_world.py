@@ -46,7 +46,8 @@ def test_a_loop_in_which_nothing_can_happen_says_so() -> None:
 
 
 def test_a_thread_s_work_is_done_once_and_answered_later() -> None:
-    loop, done = VirtualLoop(random.Random(1)), []
+    loop = VirtualLoop(random.Random(1))
+    done: list[int] = []
 
     async def story() -> None:
         await asyncio.to_thread(done.append, 1)
