@@ -24,7 +24,7 @@ from process_server.admission import admit
 from process_server.cache import CacheFile, SlotHeader
 from process_server.commit import Committer
 from process_server.health import Counters, MachineHealth, error_data
-from process_server.logwriter import LogLimits, LogWriter, Writer
+from process_server.logwriter import Claim, LogLimits, LogWriter, Writer
 from process_server.pipeline import CacheDamage, Pipeline
 from process_server.recovery import take_up
 from process_server.sealer import DEFAULT_UPLOADS, SEALED_AHEAD, Sealer
@@ -138,6 +138,7 @@ class Machine:
         self._hello: Hello | None = None  # of an agent that waits for its WELCOME
         self._pipeline: Pipeline | None = None
         self._log: LogWriter | None = None
+        self._claim = Claim(assignment.writer.epoch)
         self._leftovers = leftovers or []
         self._damage: CacheDamage | None = None
         self._stored = _further(stored, assignment.stored)
@@ -274,6 +275,7 @@ class Machine:
             keys={**self.assignment.former_keys, writer.key_id: writer.data_key},
             stored=self._known(),
             accept=self._accept,
+            claim=self._claim,
         )
         self._log = log
         if self.stream is None:
