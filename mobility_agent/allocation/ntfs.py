@@ -35,7 +35,7 @@ _NO_CLIENT: Final = 0xFFFF
 _MAX_RUNS: Final = 1 << 16
 _MAX_LOG_BYTES: Final = 4 << 30
 _PIECE_BYTES: Final = 16 << 20
-#: A volume whose log was emptied is believed up to so many file records (1 GiB of them), and 4 TiB in clusters of 4 KiB.
+#: A volume whose log was emptied is believed up to so many file records, and 4 TiB in clusters of 4 KiB.
 _MAX_RECORDS: Final = 1 << 18
 _MAX_CHECKED_BYTES: Final = 128 << 20
 
