@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types pytest bench soak archive clean
+.PHONY: help setup demo test lint format types pytest bench soak simulate fuzz archive clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -41,6 +41,12 @@ bench: setup ## the benchmarks, one JSON object each
 
 soak: setup ## the long tests
 	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600
+
+simulate: setup ## the parts under virtual time and faults (SEEDS=1000 FIRST_SEED=0)
+	$(BIN)/python -m simulator.seeds --seeds $(or $(SEEDS),1000) --first-seed $(or $(FIRST_SEED),0)
+
+fuzz: setup ## every parser under coverage-guided fuzzing (RUNS=100000)
+	$(BIN)/python -m tests.fuzzing --runs $(or $(RUNS),100000)
 
 archive: setup ## the agent in one file, for machines with Python only (dist/)
 	@$(BIN)/python setup/agent_archive.py

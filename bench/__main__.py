@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench import capture, churn, datapath, limit
+from bench import capture, churn, datapath, limit, simulator
 from bench.report import Report, show
 from replicar.errors import ReplicarError
 
@@ -60,7 +60,17 @@ def _churn_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk-mib", type=int, default=churn.DEFAULT_DISK_MIB, help="MiB of the disk (%(default)s)")
 
 
+def _simulator_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, default=simulator.DEFAULT_SEEDS, help="stories (%(default)s)")
+    parser.add_argument("--tries", type=int, default=simulator.DEFAULT_TRIES, help="for a planted bug (%(default)s)")
+
+
 BENCHMARKS: Final = {
+    "simulator": Benchmark(
+        "stories a second of the simulation, on one core, and how many planted bugs it finds",
+        _simulator_options,
+        simulator.measure,
+    ),
     "limit": Benchmark(
         "cpu seconds per GB of the libraries alone, and the throughput these cores could reach at best",
         _limit_options,
