@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from recovery.chunks import ChunkCache, ChunkSource, MachineLog
@@ -30,7 +31,7 @@ from recovery.scan import Found, LogScan, Problem
 from recovery.view import fill, first_error
 from replicar.errors import CorruptionError, PermanentError
 from replicar.formats import segment
-from replicar.formats.frame import AUDIT_DIGEST_BYTES, Kind, begins_anew
+from replicar.formats.frame import AUDIT_DIGEST_BYTES, Flag, Kind, begins_anew
 from replicar.formats.record import Disk, Gap
 from replicar.log.reader import Segment
 
@@ -219,11 +220,9 @@ class _Checker:
             self.report.audits_skipped += len(rows)
             return
         found = Segment(table, opened.found.blob, opened.found.offset)
-        unordered = self._index.history.open_gap is not None or any(
-            isinstance(item.body, Gap | Disk) for item in opened.records
-        )
+        unordered = _unordered(opened.records, len(table.descriptors), in_gap=self._index.history.open_gap is not None)
         for row in rows:
-            if unordered or int(table.descriptors[row]["length"]) > MAX_AUDIT_BYTES:
+            if unordered[row] or int(table.descriptors[row]["length"]) > MAX_AUDIT_BYTES:
                 self.report.audits_skipped += 1
                 continue
             try:
@@ -263,3 +262,14 @@ class _Checker:
         name = known.name if known is not None else str(disk)
         text = f"at sequence {sequence} the source held other bytes at {offset} of disk {name} ({length} bytes)"
         return Problem(f"{text} than recovery gives", found.number, found.blob, found.offset)
+
+
+def _unordered(records: list[Record], rows: int, *, in_gap: bool) -> npt.NDArray[np.bool_]:
+    """By row of a segment, whether order is not known there, or a disk's size may be another than it was before."""
+    if any(isinstance(item.body, Disk) for item in records):
+        return np.ones(rows, np.bool_)
+    found = np.full(rows, in_gap)
+    for item in records:
+        if isinstance(item.body, Gap):
+            found[item.row :] = not item.flags & Flag.GAP_END
+    return found

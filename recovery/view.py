@@ -57,6 +57,7 @@ class View:
         memory_bytes: int | None = None,
     ) -> None:
         self.state = state
+        self.machine_id = log.machine_id
         self._source = source or ChunkSource(log)
         self._cache = ChunkCache(self._source, cache_bytes)
         self._window_bytes = (memory_bytes or memory_at_hand()) // 2
@@ -92,6 +93,20 @@ class View:
         out = bytearray(length)
         await fill(self._cache, self.state.segments, self._extents(disk).lookup(offset, length), offset, out)
         return bytes(out)
+
+    def stretches(self, disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
+        """(start, end) of what comes from the log within a range, ascending and not touching; the rest is zeros."""
+        data = self._extents(disk).lookup(offset, length).data()
+        if not len(data):
+            return []
+        apart = np.flatnonzero(data.start[1:] > data.end[:-1])
+        first = data.start[np.concatenate(([0], apart + 1))]
+        last = data.end[np.concatenate((apart, [len(data) - 1]))]
+        return list(zip(first.tolist(), last.tolist(), strict=True))
+
+    async def warm(self, disk: Disk, offset: int, length: int) -> None:
+        """Open the chunks that a read of that range would need, into the cache. Raises as `read`."""
+        await warm(self._cache, self.state.segments, self._extents(disk).lookup(offset, length))
 
     async def pieces(self, disk: Disk) -> AsyncIterator[Piece]:
         """The disk's data in its order, as (offset, bytes); what is left out is zeros.
@@ -229,6 +244,24 @@ async def fill(
         async with asyncio.TaskGroup() as group:
             for number in np.unique(data.segment).tolist():
                 group.create_task(one_segment(number, data.of_segment(number)))
+    except BaseExceptionGroup as failed:
+        raise first_error(failed) from None
+
+
+async def warm(cache: ChunkCache, segments: Mapping[int, Segment], extents: ExtentMap) -> None:
+    """Have the cache hold the chunks of some extents.
+
+    Raises:
+        CorruptionError: one of them fails its seal.
+    """
+    data = extents.data()
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number in np.unique(data.segment).tolist():
+                part, table = data.of_segment(number), segments[number].table
+                rows = zip(part.place.tolist(), (part.end - part.start).tolist(), strict=True)
+                needed = sorted({i for place, length in rows for i in chunks_of(table, place, length)})
+                group.create_task(cache.get(segments[number], needed))
     except BaseExceptionGroup as failed:
         raise first_error(failed) from None
 

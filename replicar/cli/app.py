@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import protection, recover, vault, verify
+from replicar.cli import export, protection, recover, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     help="""Replicar: machines' disks replicated into Azure page blobs, and recovered to any point.
 
     This is the operator's command. It speaks to the config server with the identity that `config-server init` made;
-    `recover` and `verify` also read the storage account. Both are set in ~/.config/replicar/replicar.toml:
+    `recover`, `export` and `verify` also read the storage account. Both are set in ~/.config/replicar/replicar.toml:
 
     \b
         identity = "/var/lib/replicar/vault/operator"
@@ -41,6 +41,7 @@ for command in (
     vault.points,
     vault.tag,
     recover.recover,
+    export.export,
     verify.verify,
 ):
     app.command()(command)

@@ -247,6 +247,22 @@ async def test_audits_inside_a_gap_are_not_compared(builder: LogBuilder) -> None
     assert (report.audits, report.audits_skipped) == (0, 1)
 
 
+async def test_of_a_segment_only_the_audits_between_its_gaps_are_compared(builder: LogBuilder) -> None:
+    builder.begin(DISK)
+    builder.gap_begin("trace capture orders per mark")
+    await builder.seal()
+    for digest in (None, bytes(16)):  # a point, as of disks that are followed: what is told there has its place
+        builder.audit(0, 0, DISK, digest=bytes(16))
+        builder.gap_end()
+        builder.audit(0, 0, DISK, digest=digest)
+        builder.mark("point")
+        builder.gap_begin("trace capture orders per mark")
+        builder.audit(0, 0, DISK, digest=bytes(16))
+        await builder.seal()
+    report = await checked(builder)
+    assert (report.audits, report.audits_failed, report.audits_skipped) == (2, 1, 4)
+
+
 async def test_there_is_nothing_to_verify_of_an_unknown_machine(builder: LogBuilder) -> None:
     with pytest.raises(PermanentError, match="nothing in storage"):
         await verify(builder.log)
