@@ -80,7 +80,7 @@ class View:
 
     def data_bytes(self, disk: Disk) -> int:
         """Bytes of the disk that come from the log; the rest is zeros."""
-        return self._extents(disk).data_bytes
+        return self.extents(disk).data_bytes
 
     async def read(self, disk: Disk, offset: int, length: int) -> bytes:
         """`length` bytes of the disk at `offset`, both in bytes and within the disk.
@@ -91,12 +91,12 @@ class View:
         if offset < 0 or length < 0 or offset + length > disk.size_bytes:
             raise ValueError(f"{length} bytes at {offset} of a disk of {disk.size_bytes}")
         out = bytearray(length)
-        await fill(self._cache, self.state.segments, self._extents(disk).lookup(offset, length), offset, out)
+        await fill(self._cache, self.state.segments, self.extents(disk).lookup(offset, length), offset, out)
         return bytes(out)
 
     def stretches(self, disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
         """(start, end) of what comes from the log within a range, ascending and not touching; the rest is zeros."""
-        data = self._extents(disk).lookup(offset, length).data()
+        data = self.extents(disk).lookup(offset, length).data()
         if not len(data):
             return []
         apart = np.flatnonzero(data.start[1:] > data.end[:-1])
@@ -106,7 +106,7 @@ class View:
 
     async def warm(self, disk: Disk, offset: int, length: int) -> None:
         """Open the chunks that a read of that range would need, into the cache. Raises as `read`."""
-        await warm(self._cache, self.state.segments, self._extents(disk).lookup(offset, length))
+        await warm(self._cache, self.state.segments, self.extents(disk).lookup(offset, length))
 
     async def pieces(self, disk: Disk) -> AsyncIterator[Piece]:
         """The disk's data in its order, as (offset, bytes); what is left out is zeros.
@@ -167,11 +167,11 @@ class View:
             raise first_error(failed) from None
         done.finish()
 
-    def _extents(self, disk: Disk) -> ExtentMap:
+    def extents(self, disk: Disk) -> ExtentMap:
         return self.state.maps.get(disk.index) or ExtentMap.empty()
 
     def _windows(self, disk: Disk, hole_bytes: int) -> Iterator[Window]:
-        extents, segments = self._extents(disk), self.state.segments
+        extents, segments = self.extents(disk), self.state.segments
         window_bytes = choose_window(extents, segments, self._window_bytes)
         return windows(extents, segments, window_bytes=window_bytes, hole_bytes=hole_bytes)
 
