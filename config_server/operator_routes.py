@@ -244,7 +244,7 @@ ROUTES: Final[tuple[Route, ...]] = tuple(
         ("POST", "/machines/{name}/remove", post_remove, _OPERATORS),
         ("GET", "/machines/{name}/points", get_points, _PEOPLE | {Role.RECOVERY}),
         ("GET", "/machines/{name}/key", get_key, _KEYS),
-        ("POST", "/machines/{name}/marks", post_mark, _OPERATORS),
+        ("POST", "/machines/{name}/marks", post_mark, _OPERATORS | {Role.RECOVERY}),
         ("POST", "/groups", post_group, _OPERATORS),
     )
 )

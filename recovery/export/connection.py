@@ -206,7 +206,9 @@ class Connection(asyncio.Protocol):
         elif kind == Command.FLUSH:
             self._begin(self._flush(handle))
         elif kind == Command.BLOCK_STATUS and self._chosen.allocation:
-            self._answer(self._allocation(flags, handle, offset, length))
+            if len(self._tasks) >= MAX_REQUESTS:
+                return 0
+            self._begin(self._allocation(flags, handle, offset, length))
         elif kind == Command.DISC:
             self._leaving = True
             self._begin(self._leave())
@@ -238,7 +240,7 @@ class Connection(asyncio.Protocol):
     async def _read(self, flags: int, handle: int, offset: int, length: int) -> None:
         try:
             out = await self._disk.read(offset, length)
-            parts = self._parts(flags, offset, memoryview(out))
+            parts = await self._parts(flags, offset, memoryview(out))
         except (ReplicarError, OSError) as error:
             words = error.message if isinstance(error, ReplicarError) else str(error)
             _log.error("disk %s can't be read at %d: %s", self._disk.name, offset, words)
@@ -249,12 +251,12 @@ class Connection(asyncio.Protocol):
         else:
             self._answer(replies.simple(handle, 0, parts[0][2]))
 
-    def _parts(self, flags: int, offset: int, out: memoryview) -> list[replies.Part]:
+    async def _parts(self, flags: int, offset: int, out: memoryview) -> list[replies.Part]:
         if not self._chosen.structured or flags & CommandFlag.DF or len(out) < SPARSE_BYTES:
             return [(offset, len(out), bytes(out))]
         return [
             (start, size, None if is_hole else bytes(out[start - offset : start - offset + size]))
-            for start, size, is_hole in joined(self._disk.stretches(offset, len(out)))
+            for start, size, is_hole in joined(await self._disk.stretches(offset, len(out)))
         ]
 
     async def _flush(self, handle: int) -> None:
@@ -281,13 +283,19 @@ class Connection(asyncio.Protocol):
             return Errno.ENOSPC if failure.errno == Errno.ENOSPC else Errno.EIO
         return 0
 
-    def _allocation(self, flags: int, handle: int, offset: int, length: int) -> list[bytes]:
+    async def _allocation(self, flags: int, handle: int, offset: int, length: int) -> None:
         if error := self._invalid(Command.BLOCK_STATUS, offset, length):
-            return replies.failure(handle, error, f"disk {self._disk.name} has no {length} bytes at {offset}")
-        found = joined(self._disk.stretches(offset, min(length, ALLOCATION_BYTES)))
+            self._answer(replies.failure(handle, error, f"disk {self._disk.name} has no {length} bytes at {offset}"))
+            return
+        try:
+            found = joined(await self._disk.stretches(offset, min(length, ALLOCATION_BYTES)))
+        except ReplicarError as failure:
+            _log.error("disk %s: its map can't be read at %d: %s", self._disk.name, offset, failure.message)
+            self._refuse(Command.BLOCK_STATUS, handle, Errno.EIO, failure.message)
+            return
         most = 1 if flags & CommandFlag.REQ_ONE else MAX_EXTENTS
         kinds = ((size, replies.HOLE_AND_ZERO if hole else replies.ALLOCATED) for _, size, hole in islice(found, most))
-        return replies.block_status(handle, kinds)
+        self._answer(replies.block_status(handle, kinds))
 
     def _invalid(self, kind: int, offset: int, length: int) -> int:
         """Why a range can't be asked for, as an NBD error; 0 if it can."""

@@ -30,7 +30,7 @@ class Point(Protocol):
 
     async def read(self, disk: Disk, offset: int, length: int) -> bytes: ...
 
-    def stretches(self, disk: Disk, offset: int, length: int) -> Iterable[tuple[int, int]]:
+    async def stretches(self, disk: Disk, offset: int, length: int) -> Iterable[tuple[int, int]]:
         """(start, end) of what is no zeros, ascending."""
         ...
 
@@ -81,16 +81,20 @@ class ServedDisk:
             out[start - offset : start - offset + size] = self.overlay.read(start, size)
         return out
 
-    def stretches(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
-        """A range as (offset, length, whether it is zeros); neighbours may be of the same kind."""
-        own = self._own(offset, length)
-        at = offset
-        for start, size in own:
-            assert self.overlay is not None
-            yield from self._point_stretches(at, start - at)
-            yield from self.overlay.stretches(start, size)
+    async def stretches(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        """A range as (offset, length, whether it is zeros); neighbours may be of the same kind.
+
+        Raises:
+            CorruptionError: the index of the point can't be opened there.
+            TransientError: storage is away.
+        """
+        own = [(start, size, self._own_stretches(start, size)) for start, size in self._own(offset, length)]
+        at, found = offset, list[tuple[int, int, bool]]()
+        for start, size, written in own:
+            found += await self._point_stretches(at, start - at)
+            found += written
             at = start + size
-        yield from self._point_stretches(at, offset + length - at)
+        return found + await self._point_stretches(at, offset + length - at)
 
     def write(self, offset: int, data: Buffer) -> None:
         """Whole sectors, within the disk. Raises OSError when the overlay can't take them."""
@@ -143,15 +147,20 @@ class ServedDisk:
     def _own(self, offset: int, length: int) -> list[tuple[int, int]]:
         return list(self.overlay.changed(offset, length)) if self.overlay is not None else []
 
-    def _point_stretches(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
-        at, end = offset, offset + length
-        for start, stop in self._view.stretches(self._disk, offset, length) if length else []:
+    def _own_stretches(self, start: int, size: int) -> list[tuple[int, int, bool]]:
+        assert self.overlay is not None
+        return list(self.overlay.stretches(start, size))
+
+    async def _point_stretches(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
+        at, end, found = offset, offset + length, list[tuple[int, int, bool]]()
+        for start, stop in await self._view.stretches(self._disk, offset, length) if length else []:
             if start > at:
-                yield at, start - at, True
-            yield start, stop - start, False
+                found.append((at, start - at, True))
+            found.append((start, stop - start, False))
             at = stop
         if at < end:
-            yield at, end - at, True
+            found.append((at, end - at, True))
+        return found
 
     def _look_ahead(self, offset: int, length: int) -> None:
         wanted = self._ahead.follow(offset, length)

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -63,9 +62,9 @@ class WholeFiles:
             raise PermanentError(f"disk {disk.name} ends before byte {offset + length}", hint="its file was cut short")
         return data
 
-    def stretches(self, disk: Disk, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    async def stretches(self, disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
         """Where there is data, as (start, end), ascending."""
-        yield from held(self._files[disk.name], offset, length)
+        return list(held(self._files[disk.name], offset, length))
 
     async def warm(self, disk: Disk, offset: int, length: int) -> None:
         """The kernel reads files ahead by itself."""

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final, Protocol
 
-from recovery.compute.machine import DiskSource, Finding, MachineSpec, Power, Proof
+from recovery.compute.machine import DiskSource, Finding, MachineSpec, Proof
 from recovery.compute.qemu import QemuCompute, QemuSettings
 from recovery.failback.carry import Origin
 from recovery.failback.spans import Spans
@@ -52,8 +52,8 @@ class Hands(Protocol):
         """Have the machine's disks need the log no more."""
         ...
 
-    async def shut_down(self, made: str) -> None:
-        """Have the machine off and its disks still there."""
+    async def shut_down(self, made: str, seconds: float) -> bool:
+        """Have the machine off and its disks still there; whether it ended by itself within that time."""
         ...
 
     async def diverged(self, made: str) -> dict[str, Spans]:
@@ -109,11 +109,11 @@ class QemuHands:
         """See `Hands`."""
         await self._keeper.complete(made, view, progress)
 
-    async def shut_down(self, made: str) -> None:
+    async def shut_down(self, made: str, seconds: float) -> bool:
         """See `Hands`."""
-        if await self._compute.power(made) is Power.RUNNING:
-            await self._compute.shut_down(made, SHUT_DOWN_SECONDS)
+        ended = await self._compute.shut_down(made, seconds)
         await self._compute.remove(made)
+        return ended
 
     async def diverged(self, made: str) -> dict[str, Spans]:
         """See `Hands`."""

@@ -31,7 +31,7 @@ from recovery.failback.spans import Spans, differing
 from recovery.points import AtSequence
 from recovery.view import View
 from recovery.worker.desk import Desk
-from recovery.worker.hands import Hands
+from recovery.worker.hands import SHUT_DOWN_SECONDS, Hands
 from recovery.worker.logs import open_view
 from recovery.worker.made import check_options, made_name, makers
 from recovery.worker.outward import last_made, settled
@@ -43,10 +43,12 @@ from replicar.formats.record import Disk
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import open_store
 
-FAILBACK_OPTIONS: Final = frozenset({"compare", "verify", "storage_settings"})
+FAILBACK_OPTIONS: Final = frozenset({"compare", "verify", "storage_settings", "shut_down_seconds"})
 #: What the agent at home may take to store what it still has, before the job is put aside for a while.
 SETTLE_SECONDS: Final = 120.0
 MARK_SECONDS: Final = 60.0
+#: Of a disk, compared in one go: its extents are in memory for a moment.
+WINDOW_BYTES: Final = 16 << 30
 
 
 class Homeward:
@@ -80,6 +82,8 @@ class Homeward:
             raise PermanentError("the option compare is histories or bytes", hint="leave it out for histories")
         if self._options.get("verify", "changed") not in ("changed", "all"):
             raise PermanentError("the option verify is changed or all", hint="leave it out for changed")
+        if not self._options.get("shut_down_seconds", "1").isdigit():
+            raise PermanentError("the option shut_down_seconds is a whole number", hint="leave it out for two minutes")
         view = await self._at_point()
         async with AsyncExitStack() as stack:
             store = await self._account(stack)
@@ -89,8 +93,9 @@ class Homeward:
         return f"{len(view.disks)} disk(s) fit"
 
     async def shut_down(self) -> str:
-        await self._hands.shut_down(made_name(last_made(self._desk.before)))
-        return ""
+        seconds = float(self._options.get("shut_down_seconds", SHUT_DOWN_SECONDS))
+        ended = await self._hands.shut_down(made_name(last_made(self._desk.before)), seconds)
+        return "it ended by itself" if ended else f"it did not end within {seconds:.0f} s, and was switched off"
 
     async def compare(self) -> str:
         view = await self._at_point()
@@ -101,7 +106,8 @@ class Homeward:
             await self._desk.release()
             now = await settled(self._desk, self._store, SETTLE_SECONDS)
             for disk in view.disks:
-                spans[disk.name] = spans[disk.name].union(_at_home(view, now, disk)).clipped(0, disk.size_bytes)
+                home = await _at_home(view, now, disk)
+                spans[disk.name] = spans[disk.name].union(home).clipped(0, disk.size_bytes)
         make_directory(self._notes)
         for name, found in spans.items():
             _save(self._notes / f"{_file(name)}.spans", found)
@@ -212,12 +218,15 @@ class _Sized:
         raise AssertionError("nobody reads it")
 
 
-def _at_home(point: View, now: View, disk: Disk) -> Spans:
+async def _at_home(point: View, now: View, disk: Disk) -> Spans:
     """What was written at home since the point; all of a disk that is another one by now."""
     same = next((each for each in now.disks if each.index == disk.index and each.name == disk.name), None)
     if same is None:
         return Spans.whole(disk.size_bytes)
-    found = differing(point.extents(disk), now.extents(same))
+    found = Spans.of(())
+    for offset in range(0, disk.size_bytes, WINDOW_BYTES):
+        before, after = await point.lookup(disk, offset, WINDOW_BYTES), await now.lookup(same, offset, WINDOW_BYTES)
+        found = found.union(differing(before, after))
     lost = [(same.size_bytes, disk.size_bytes - same.size_bytes)] if same.size_bytes < disk.size_bytes else []
     return found.union(Spans.of(lost))
 

@@ -153,12 +153,13 @@ class Keeper:
         where, note = self.at(name), Exported.load(self.at(name))
         if note.whole:
             return
-        total, done = sum(view.data_bytes(disk) for disk in view.disks), 0
+        sizes = {disk.name: await view.data_bytes(disk) for disk in view.disks}
+        total, done = sum(sizes.values()), 0
         for disk in view.disks:
             if not (where / raw_name(disk.name)).exists():  # it gets its name when it is complete
                 counted = _shifted(progress, done, total)
                 await write_raw_file(view, disk, where / raw_name(disk.name), progress=counted)
-            done += view.data_bytes(disk)
+            done += sizes[disk.name]
         replace(note, whole=True).save(where)
         await self.end(name)
         await self._start(where)

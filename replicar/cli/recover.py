@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from recovery.audits import Audited
 from recovery.chunks import ChunkSource
-from recovery.index import Audited
 from recovery.moments import format_moment
 from recovery.output import Written, write_raw_file, write_vhd_blob, write_vhd_file
 from recovery.view import Progress, View
@@ -92,7 +92,8 @@ def recover(
                 await _write(telling, view, item, kind, name, store, replace)
                 for item, name in zip(disks, names, strict=True)
             ]
-        _tell(telling, machine, access, view, written, kind, time.monotonic() - began)
+            audits = {item.name: await view.state.audited(item) for item in disks}
+        _tell(telling, machine, access, view, written, audits, kind, time.monotonic() - began)
 
     run(as_json, work)
 
@@ -123,10 +124,16 @@ async def _write(
 
 
 def _tell(
-    telling: Telling, machine: str, access: Access, view: View, written: list[Written], kind: str, seconds: float
+    telling: Telling,
+    machine: str,
+    access: Access,
+    view: View,
+    written: list[Written],
+    audits: dict[str, Audited],
+    kind: str,
+    seconds: float,
 ) -> None:
     place = view.state.place
-    audits = {item.name: view.state.audited.get(item.index, Audited()) for item in view.disks}
     data = {
         "machine": machine,
         "machine_id": str(access.log.machine_id),
@@ -142,19 +149,20 @@ def _tell(
         console.print(
             f"{machine} as it was after sequence {place.sequence}, {format_moment(place.time_ns)}", markup=False
         )
-        made = table("~disk", "~target", ">size", ">data", ">audited", ">oldest audit")
+        made = table("~disk", "~target", ">size", ">data", ">audited", ">still proven", ">oldest proof")
         for item in written:
-            share, age = _audited(audits[item.disk], view.disk(item.disk).size_bytes, place.time_ns)
-            row(made, item.disk, item.target, size(item.size_bytes), size(item.data_bytes), share, age)
+            shares = _audited(audits[item.disk], view.disk(item.disk).size_bytes, place.time_ns)
+            row(made, item.disk, item.target, size(item.size_bytes), size(item.data_bytes), *shares)
         console.print(made)
         console.print(f"in {duration(seconds)}")
 
     telling.result(data, show)
 
 
-def _audited(audited: Audited, size_bytes: int, time_ns: int) -> tuple[str, str]:
-    """The share of a disk that was audited before the point, and how long before it the oldest of these audits was."""
-    if audited.oldest_ns is None:
-        return "0 %", "-"
-    share = int(100 * audited.audited_bytes / size_bytes)
-    return f"{share} %", duration(max(time_ns - audited.oldest_ns, 0) / 1e9)
+def _audited(audited: Audited, size_bytes: int, time_ns: int) -> tuple[str, str, str]:
+    """The share of a disk that was audited before the point, the share that an audit still holds for, since nothing was
+    written there after it, and how long before the point the oldest of those was."""
+    seen, held = (f"{int(100 * count / size_bytes)} %" for count in (audited.audited_bytes, audited.proven_bytes))
+    if audited.oldest_proof_ns is None:
+        return seen, held, "-"
+    return seen, held, duration(max(time_ns - audited.oldest_proof_ns, 0) / 1e9)
