@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import export, protection, recover, vault, verify
+from replicar.cli import circle, export, jobs, protection, recover, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -45,6 +45,9 @@ for command in (
     verify.verify,
 ):
     app.command()(command)
+for step in circle.COMMANDS:
+    app.command()(step)
+app.add_typer(jobs.app)
 
 
 @app.command()
