@@ -29,9 +29,9 @@ _log = logging.getLogger(__name__)
 
 
 class Desk:
-    """One claimed job. `result`: what was found so far, by this worker or an earlier one."""
+    """One claimed job. `result`: what was found so far, by this worker or an earlier one; `host`: where it works."""
 
-    def __init__(self, control: ControlClient, claim: Claim, clock: Clock) -> None:
+    def __init__(self, control: ControlClient, claim: Claim, clock: Clock, *, host: str = "") -> None:
         assert claim.job is not None
         assert claim.machine is not None
         self.control = control
@@ -39,6 +39,7 @@ class Desk:
         self.job: Job = claim.job
         self.machine: ClaimedMachine = claim.machine
         self.before = claim.before
+        self.host = host
         self.fence = claim.fence
         self.result = dict(claim.job.result)
         self.cancel_requested = claim.job.cancel_requested

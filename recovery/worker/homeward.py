@@ -34,7 +34,7 @@ from recovery.worker.desk import Desk
 from recovery.worker.hands import SHUT_DOWN_SECONDS, Hands
 from recovery.worker.logs import open_view
 from recovery.worker.made import check_options, made_name, makers
-from recovery.worker.outward import last_made, settled
+from recovery.worker.outward import check_host, last_made, settled
 from recovery.worker.rounds import Work
 from recovery.worker.settings import load_settings
 from replicar.control.files import make_directory, write_file
@@ -77,6 +77,7 @@ class Homeward:
     # --- failback ---
 
     async def prerequisites(self) -> str:
+        check_host(self._desk)
         check_options(self._options, FAILBACK_OPTIONS)
         if self._options.get("compare", "histories") not in ("histories", "bytes"):
             raise PermanentError("the option compare is histories or bytes", hint="leave it out for histories")
@@ -93,11 +94,13 @@ class Homeward:
         return f"{len(view.disks)} disk(s) fit"
 
     async def shut_down(self) -> str:
+        check_host(self._desk)
         seconds = float(self._options.get("shut_down_seconds", SHUT_DOWN_SECONDS))
         ended = await self._hands.shut_down(made_name(last_made(self._desk.before)), seconds)
         return "it ended by itself" if ended else f"it did not end within {seconds:.0f} s, and was switched off"
 
     async def compare(self) -> str:
+        check_host(self._desk)
         view = await self._at_point()
         if self._options.get("compare", "histories") == "bytes":
             spans = {disk.name: Spans.whole(disk.size_bytes) for disk in view.disks}
@@ -116,6 +119,7 @@ class Homeward:
         return f"{total:,} bytes may differ"
 
     async def copy(self) -> str:
+        check_host(self._desk)
         looked_at = written = 0
         async with AsyncExitStack() as stack:
             origins = await self._hands.origins(made_name(last_made(self._desk.before)), stack)
@@ -145,6 +149,7 @@ class Homeward:
         return f"{written:,} bytes written, of {looked_at:,} looked at"
 
     async def verify(self) -> str:
+        check_host(self._desk)
         async with AsyncExitStack() as stack:
             origins = await self._hands.origins(made_name(last_made(self._desk.before)), stack)
             store = await self._account(stack)
@@ -175,6 +180,7 @@ class Homeward:
         return f"epoch {await self._desk.release()}"
 
     async def catch_up(self) -> str:
+        check_host(self._desk)
         await settled(self._desk, self._store, SETTLE_SECONDS)
         name = f"home-{self._job.id[:8]}"
         await self._desk.control.mark(

@@ -91,7 +91,8 @@ class Outward:
 
     async def disks(self) -> str:
         made = made_name(self._job)
-        await self._desk.note(machine=made, compute=self._hands.name)
+        check_host(self._desk)
+        await self._desk.note(machine=made, compute=self._hands.name, host=self._desk.host)
         await self._hands.give_disks(made, self._job, await self._at_point(), self._desk.progress)
         return ""
 
@@ -105,11 +106,13 @@ class Outward:
         return f"{proof.banner or 'it runs'} after {proof.seconds:.1f} s{said}"
 
     async def remove_machine(self) -> str:
+        check_host(self._desk)
         for job in makers(self._desk.before):
             await self._hands.remove_machine(made_name(job))
         return ""
 
     async def remove_disks(self) -> str:
+        check_host(self._desk)
         for job in makers(self._desk.before):
             await self._hands.remove_disks(made_name(job))
         return ""
@@ -121,6 +124,7 @@ class Outward:
         return f"epoch {await self._desk.release()}"
 
     async def complete(self) -> str:
+        check_host(self._desk)
         failover = last_made(self._desk.before)
         view = await self._view(AtSequence(int(failover.result["sequence"])))
         await self._hands.complete(made_name(failover), view, self._desk.progress)
@@ -149,6 +153,22 @@ class Outward:
             return opened
         self._opened = await open_view(self._desk.control, self._store, self._job.machine, request)
         return self._opened
+
+
+def check_host(desk: Desk) -> None:
+    """Leave what was made on another worker's host to that one.
+
+    Raises:
+        TransientError: this job's, or an earlier one's, machine is there.
+    """
+    for job in (desk.job, *makers(desk.before)):
+        host = job.result.get("host", desk.host)
+        if host != desk.host:
+            raise TransientError(
+                f"the machine of {job.kind} {job.id} is on another worker's host",
+                hint="have that worker run: only it can go on with this job",
+                host=host,
+            )
 
 
 def last_made(before: tuple[Job, ...]) -> Job:

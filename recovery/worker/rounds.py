@@ -28,9 +28,10 @@ RETRY_SECONDS: Final = 5.0
 _log = logging.getLogger(__name__)
 
 
-async def carry_out(desk: Desk, works: Mapping[str, Work]) -> None:
-    """Carry out the job on the desk, to its end or as far as it goes."""
-    steps, renewing = asyncio.create_task(_steps(desk, works)), asyncio.create_task(desk.renew())
+async def carry_out(desk: Desk, works: Mapping[str, Work], stop: asyncio.Event | None = None) -> None:
+    """Carry out the job on the desk, to its end or as far as it goes; when `stop` is set, to the end of the step."""
+    told = stop or asyncio.Event()
+    steps, renewing = asyncio.create_task(_steps(desk, works, told)), asyncio.create_task(desk.renew())
     try:
         await asyncio.wait((steps, renewing), return_when=asyncio.FIRST_COMPLETED)
         if not steps.done():  # only an error ends renewing
@@ -49,12 +50,16 @@ async def carry_out(desk: Desk, works: Mapping[str, Work]) -> None:
         await asyncio.gather(steps, renewing, return_exceptions=True)
 
 
-async def _steps(desk: Desk, works: Mapping[str, Work]) -> None:
+async def _steps(desk: Desk, works: Mapping[str, Work], stop: asyncio.Event) -> None:
     for step in desk.job.steps:
         if step.state is JobState.SUCCEEDED:
             continue
         if desk.cancel_requested:
             await desk.finish(JobState.CANCELLED)
+            return
+        if stop.is_set():
+            error = TransientError("its worker was stopped", hint="it goes on when a worker runs again")
+            await desk.finish(JobState.SUSPENDED, error, retry_seconds=0.0)
             return
         try:
             if step.name not in works:

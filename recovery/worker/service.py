@@ -8,9 +8,12 @@ claimed by another when the lease runs out, or by itself when it is back.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +27,7 @@ from replicar.clock import Clock
 from replicar.control.client import ControlClient
 from replicar.control.files import make_directory
 from replicar.control.identity import Identity
-from replicar.control.messages import ClaimRequest, JobKind
+from replicar.control.messages import ClaimRequest, JobKind, JobState
 from replicar.errors import PermanentError, TransientError
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import open_store
@@ -60,7 +63,11 @@ class Worker:
         """
         make_directory(self._settings.directory)
         identity = Identity.load(self._settings.identity)
-        instance, pause = uuid.uuid4().hex, 1.0
+        with own_instance(self._settings.directory) as instance:
+            await self._work(identity, instance, stop, once=once)
+
+    async def _work(self, identity: Identity, instance: str, stop: asyncio.Event, *, once: bool) -> None:
+        pause = 1.0
         async with (
             open_store(self._settings.storage, clock=self._clock) as store,
             ControlClient(identity, address=self._settings.config_server) as control,
@@ -88,10 +95,17 @@ class Worker:
                     continue
                 pause = 1.0
                 if claim.job is not None:
-                    desk = Desk(control, claim, self._clock)
-                    await carry_out(desk, self._works(desk, store))
+                    await self._carry_out(Desk(control, claim, self._clock, host=instance), store, stop)
                 elif once:
                     return
+
+    async def _carry_out(self, desk: Desk, store: PageBlobStore, stop: asyncio.Event) -> None:
+        try:
+            works = self._works(desk, store)
+        except PermanentError as error:
+            await desk.finish(JobState.FAILED, error)
+        else:
+            await carry_out(desk, works, stop)
 
     def _works(self, desk: Desk, store: PageBlobStore) -> Mapping[str, Work]:
         wanted = desk.job.parameters.compute or next(
@@ -103,3 +117,30 @@ class Worker:
         if desk.job.kind in HOMEWARD:
             return Homeward(desk, hands, store, self._settings.directory).works()
         return Outward(desk, hands, store).works()
+
+
+@contextmanager
+def own_instance(directory: Path) -> Iterator[str]:
+    """What this directory's worker is called towards the config server, always the same: a worker that was killed gets
+    its job back at once when it returns. One process at a time has it.
+
+    Raises:
+        PermanentError: another worker is at work in that directory.
+    """
+    with (directory / "instance").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermanentError(
+                f"another recovery worker is at work in {directory}",
+                hint="end it first, or give this one a directory of its own",
+                path=str(directory),
+            ) from None
+        file.seek(0)
+        instance = file.read().strip()
+        if not instance:
+            instance = uuid.uuid4().hex
+            file.write(instance)
+            file.flush()
+            os.fsync(file.fileno())
+        yield instance

@@ -162,6 +162,22 @@ async def test_a_job_that_is_to_stop_stops_between_two_steps() -> None:
     assert stage.told.end.state is JobState.CANCELLED
 
 
+async def test_a_worker_that_is_stopped_puts_its_job_aside_after_the_step() -> None:
+    stage, stop = Stage(), asyncio.Event()
+    works = stage.works()
+
+    async def stopping() -> str:
+        stop.set()
+        return ""
+
+    works["remove-machine"] = stopping
+    await carry_out(stage.desk, works, stop)
+    assert stage.did == []
+    assert stage.told.steps[-1] == ("remove-machine", JobState.SUCCEEDED)
+    assert stage.told.end is not None
+    assert stage.told.end.state is JobState.SUSPENDED
+
+
 async def test_a_config_server_that_is_away_is_waited_for() -> None:
     stage = Stage()
     stage.told.away = 5
