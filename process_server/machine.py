@@ -54,12 +54,16 @@ class MachineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A machine that this server serves. `stored` is what the config server knows; news of it change no assignment."""
+    """A machine that this server serves. `stored` is what the config server knows; news of it change no assignment.
+
+    `former_keys`: data keys by id that older segments were sealed by; they change with the writer's only.
+    """
 
     name: str
     writer: Writer
     incarnation: int = 0
     stored: Stored = field(default=Stored(), compare=False)
+    former_keys: Mapping[int, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def machine_id(self) -> uuid.UUID:
@@ -268,7 +272,7 @@ class Machine:
             writer,
             shop.tuning.log,
             shop.clock,
-            keys={writer.key_id: writer.data_key},
+            keys={**self.assignment.former_keys, writer.key_id: writer.data_key},
             stored=self._known(),
             accept=self._accept,
             claim=self._claim,

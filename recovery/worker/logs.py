@@ -6,7 +6,7 @@ from recovery.chunks import ChunkSource, MachineLog
 from recovery.points import AtSequence, Instant, Latest, Named, Request, locate
 from recovery.view import View
 from replicar.control.client import ControlClient
-from replicar.control.keys import key_number
+from replicar.control.keys import data_keys
 from replicar.control.messages import PointChoice, PointKind
 from replicar.errors import PermanentError
 from replicar.formats.record import Consistency
@@ -22,7 +22,7 @@ async def open_view(control: ControlClient, store: PageBlobStore, machine: str, 
         TransientError: config server or storage are away.
     """
     key = await control.key(machine)
-    log = MachineLog(store, key.machine_id, {key_number(key.key_id): key.data_key_bytes()})
+    log = MachineLog(store, key.machine_id, data_keys(key))
     source = ChunkSource(log)
     state = await locate(
         log,
