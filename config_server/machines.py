@@ -14,14 +14,13 @@ heartbeat and its death is missing; nothing is counted twice.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import sqlite3
 import uuid
 from typing import Any, Final
 
-from config_server import parties, points
+from config_server import data_keys, points
 from config_server.parties import Party
 from config_server.vault import Vault
 from replicar.control.identity import INCARNATION_SHIFT
@@ -165,14 +164,14 @@ def process_server_instructions(
             name=row["name"],
             epoch=row["epoch"],
             incarnation=row["incarnation"],
-            data_key=vault.revealed(row["wrapped_key"]),
-            wrapped_key=base64.b64encode(row["wrapped_key"]).decode(),
-            key_id=row["key_id"],
+            **data_keys.told(connection, vault, uuid.UUID(row["id"])),
             **_known_stored(row),
         )
         for row in rows
     )
-    version = _version([[str(a.machine_id), a.name, a.epoch, a.incarnation, a.key_id] for a in assignments])
+    version = _version(
+        [[str(a.machine_id), a.name, a.epoch, a.incarnation, a.key_id, a.wrapped_key] for a in assignments]
+    )
     return ProcessServerInstructions(assignments=assignments, heartbeat_seconds=heartbeat_seconds, version=version)
 
 
@@ -198,16 +197,14 @@ def machine_key(connection: sqlite3.Connection, vault: Vault, machine: Party) ->
     """The machine's data key, and how far its log is known to reach.
 
     Raises:
-        PermanentError: it has none, since it was never protected.
+        PermanentError: it has none, since it was never protected or its keys were destroyed.
         CorruptionError: it was not wrapped by this vault's key.
     """
     row = machine_row(connection, machine.id)
-    if row["wrapped_key"] is None:
-        raise never_protected(machine.name)
+    data_keys.refuse_missing(row)
     return MachineKey(
         machine_id=machine.id,
-        data_key=vault.revealed(row["wrapped_key"]),
-        key_id=row["key_id"],
+        **data_keys.told(connection, vault, machine.id),
         stored_sequence=row["stored_sequence"],
         stored_segment=row["stored_segment"],
         stored_digest=row["stored_digest"],
@@ -220,11 +217,10 @@ def never_protected(name: str) -> PermanentError:
     )
 
 
-def remove(connection: sqlite3.Connection, machine: Party, now_ns: int) -> None:
-    """End a machine's protection and refuse it; its key and points stay, so that what is stored can be recovered."""
-    parties.remove(connection, machine, now_ns)
-    connection.execute("UPDATE machines SET process_server_id = NULL WHERE id = ?", (str(machine.id),))
-    connection.execute("DELETE FROM commands WHERE machine_id = ?", (str(machine.id),))
+def withdraw(connection: sqlite3.Connection, machine_id: uuid.UUID) -> None:
+    """Take a machine from its process server, and the commands from its list."""
+    connection.execute("UPDATE machines SET process_server_id = NULL WHERE id = ?", (str(machine_id),))
+    connection.execute("DELETE FROM commands WHERE machine_id = ?", (str(machine_id),))
 
 
 def machine_row(connection: sqlite3.Connection, machine_id: uuid.UUID) -> sqlite3.Row:

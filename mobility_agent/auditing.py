@@ -10,6 +10,9 @@ pieces; a piece that never holds still is left out of the round and counted, and
 Inside a gap nothing is audited, since nothing there could be compared; while the change log is more than half full
 audits wait, as all background reading does.
 
+Where writes are learned of later than they happen, audits are told at points (`capture.trace.audits`), and where disks
+are read in passes anyway, by a pass that a point rests on (`capture.scan.audits`).
+
 The rate is the operator's: every byte read counts, those read again too. The position survives the process, at most
 `SAVE_SECONDS` behind.
 
@@ -169,8 +172,11 @@ class Auditor:
         return xxhash.xxh3_128_digest(target)
 
     def _can_go_on(self) -> bool:
+        return self._ladder.log.ordered and not self._ladder.in_gap and not self._log_is_busy()
+
+    def _log_is_busy(self) -> bool:
         log = self._ladder.log
-        return log.ordered and not self._ladder.in_gap and log.used_bytes <= log.limit_bytes * _BUSY_SHARE
+        return log.used_bytes > log.limit_bytes * _BUSY_SHARE
 
     async def _pace(self, length: int) -> None:
         """Wait until `length` bytes may be read; what was not read in time is not made up for."""
@@ -210,11 +216,14 @@ class Auditor:
             self._save_due = now + SAVE_SECONDS
             await asyncio.to_thread(self._write)
 
+    def _position(self) -> dict[str, Any]:
+        """Where to go on."""
+        return {"disk": self._disk, "offset": self._offset, "began_ns": self._began_ns, "skipped": self._skipped}
+
     def _write(self) -> None:
         last = asdict(self.last_round) if self.last_round is not None else None
-        fields = {"disk": self._disk, "offset": self._offset, "began_ns": self._began_ns, "skipped": self._skipped}
         try:
-            write_file(self._path, json.dumps({**fields, "last_round": last}).encode(), mode=PUBLIC_MODE)
+            write_file(self._path, json.dumps({**self._position(), "last_round": last}).encode(), mode=PUBLIC_MODE)
         except PermanentError as error:  # a full disk; a restart then repeats what was audited since
             _log.warning("the audits' position is not remembered now: %s", error)
 

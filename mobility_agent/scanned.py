@@ -23,11 +23,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from mobility_agent.auditing import Auditor
 from mobility_agent.capture.disk import Disk
+from mobility_agent.capture.scan.audits import PassAuditor
 from mobility_agent.capture.scan.passes import Pass, Passes
 from mobility_agent.capture.scan.volume import FileVolume
 from mobility_agent.capture.trace.capture import Point
-from mobility_agent.digests import CHUNK_BYTES
+from mobility_agent.digests import CHUNK_BYTES, Digests, Rows
 from mobility_agent.gaps import Gaps
 from mobility_agent.ladder import Ladder
 from mobility_agent.marks import Marks
@@ -74,14 +76,14 @@ def open_regions(state: StateDirectory, disk: Disk) -> DirtyRegions:
 class DiskReplica:
     """What the stream says of one disk, by the digests; see `passes.Replica`."""
 
-    def __init__(self, ladder: Ladder, disk: Disk, clock: Clock) -> None:
-        self._ladder, self._disk, self._clock = ladder, disk, clock
+    def __init__(self, ladder: Ladder, disk: Disk, clock: Clock, audits: PassAuditor | None = None) -> None:
+        self._ladder, self._disk, self._clock, self._audits = ladder, disk, clock, audits
 
     async def take(self, offset: int, content: memoryview) -> int:
         """Send what differs; returns when it is in the log."""
         index, log = self._disk.index, self._ladder.log
         digests, touched = self._ladder.digests[index], self._ladder.touched[index]
-        rows = await asyncio.to_thread(digests.rows, offset, content)
+        rows = await asyncio.to_thread(self._rows, digests, offset, content)
         first, _ = digests.whole(offset, len(content))
         changed = 0
         log.seal()
@@ -104,6 +106,11 @@ class DiskReplica:
         self._ladder.regions[index].clear(offset, len(content))
         return changed
 
+    def _rows(self, digests: Digests, offset: int, content: memoryview) -> Rows:
+        if self._audits is not None:
+            self._audits.saw(self._disk.index, offset, content)
+        return digests.rows(offset, content)
+
 
 class ScanCapture:
     """Scans disks while it is entered; `run` makes passes in the background, `point` makes points.
@@ -111,10 +118,19 @@ class ScanCapture:
     Args:
         ladder: of these disks; `ladder.start()` was called.
         every_seconds: from one pass's begin to the next.
+        audits: told at points; run by the caller.
     """
 
-    def __init__(self, ladder: Ladder, clock: Clock, *, every_seconds: float, bytes_per_second: int = 0) -> None:
-        self._ladder, self._clock, self._every = ladder, clock, every_seconds
+    def __init__(
+        self,
+        ladder: Ladder,
+        clock: Clock,
+        *,
+        every_seconds: float,
+        bytes_per_second: int = 0,
+        audits: PassAuditor | None = None,
+    ) -> None:
+        self._ladder, self._clock, self._every, self._audits = ladder, clock, every_seconds, audits
         self._rate = bytes_per_second
         self._volumes: list[FileVolume] = []
         self._scanning = asyncio.Lock()
@@ -129,7 +145,7 @@ class ScanCapture:
         try:
             for disk in self._ladder.disks.values():
                 self._volumes.append(FileVolume(disk.path, disk.size_bytes))
-                pairs.append((self._volumes[-1], DiskReplica(self._ladder, disk, self._clock)))
+                pairs.append((self._volumes[-1], DiskReplica(self._ladder, disk, self._clock, self._audits)))
                 self._ladder.regions[disk.index].mark_all()  # nobody knows what happened before
         except BaseException:
             await self.aclose()
@@ -208,6 +224,8 @@ class ScanCapture:
         if not self._ladder.close_gap():
             raise TransientError("no recovery point: not all is copied", hint="ask again after the next pass")
         try:
+            if self._audits is not None:
+                self._audits.tell()
             sequence = append_mark()
         finally:
             self._ladder.open_gap(GAP_REASON)
@@ -217,6 +235,8 @@ class ScanCapture:
     async def _pass(self) -> Pass:
         """A pass; a change that it finds happened after the pass before began."""
         before = self.last
+        if self._audits is not None:
+            self._audits.begin()
         try:
             found = await self._passes.run()
         except OSError as error:
@@ -240,8 +260,16 @@ class ScannedMachine(TracedMachine):
     rung = "per-pass"
     scan: ScanCapture
 
-    def __init__(self, ladder: Ladder, marks: Marks, gaps: Gaps, settings: AgentSettings, clock: Clock) -> None:
-        super().__init__(ladder, marks, gaps, settings, clock)
+    def __init__(
+        self,
+        ladder: Ladder,
+        marks: Marks,
+        gaps: Gaps,
+        settings: AgentSettings,
+        clock: Clock,
+        audits: Auditor | None = None,
+    ) -> None:
+        super().__init__(ladder, marks, gaps, settings, clock, audits)
         self._interval = settings.scan_every_seconds
 
     async def __aenter__(self) -> ScannedMachine:
@@ -250,6 +278,7 @@ class ScannedMachine(TracedMachine):
             self._clock,
             every_seconds=self._interval,
             bytes_per_second=self._settings.seed_bytes_per_second or 0,
+            audits=self._audits if isinstance(self._audits, PassAuditor) else None,
         ).__aenter__()
         self._marks.at_point = self._make_point
         _log.info("%d disks are scanned, every %g seconds", len(self._ladder.disks), self._interval)

@@ -27,6 +27,8 @@ from typing import Any, Final, TypeAlias
 
 from mobility_agent.auditing import Auditor
 from mobility_agent.capture.inline import InlineCapture
+from mobility_agent.capture.scan.audits import PassAuditor
+from mobility_agent.capture.trace.audits import PointAuditor
 from mobility_agent.checkpoint import Checkpointer
 from mobility_agent.commands import CommandQueue
 from mobility_agent.control import Control
@@ -54,6 +56,7 @@ STATUS_SECONDS: Final = 1.0
 Capture: TypeAlias = InlineCapture | TracedMachine
 #: What follows the disks where they are not served.
 _FOLLOWERS: Final = {CaptureKind.TRACE: TracedMachine, CaptureKind.SCAN: ScannedMachine}
+_AUDITORS: Final = {CaptureKind.INLINE: Auditor, CaptureKind.TRACE: PointAuditor, CaptureKind.SCAN: PassAuditor}
 
 _log = logging.getLogger(__name__)
 
@@ -84,12 +87,20 @@ class Service:
         Raises:
             ReplicarError: it can't begin, or its disks or change log failed.
         """
-        with StateDirectory(self._settings.directory) as state:
-            async with (
-                open_core(self._settings, state, self._clock) as core,
-                ControlClient(core.identity, clock=self._clock) as client,
-            ):
-                await self._serve(core, client, stop)
+        try:
+            with StateDirectory(self._settings.directory) as state:
+                async with (
+                    open_core(self._settings, state, self._clock) as core,
+                    ControlClient(core.identity, clock=self._clock) as client,
+                ):
+                    await self._serve(core, client, stop)
+        except OSError as error:
+            raise PermanentError(
+                f"the agent can't go on without its files: {error.strerror or error}"
+                f"{f' ({error.filename})' if error.filename else ''}",
+                hint="look at the space and the health of the disk under its directory, and at the kernel's log",
+                path=str(error.filename or self._settings.directory),
+            ) from error
 
     async def _serve(self, core: Core, client: ControlClient, stop: asyncio.Event) -> None:
         settings, clock = self._settings, self._clock
@@ -106,7 +117,7 @@ class Service:
         auditor = self._auditor(core)
         follower = None
         if (kind := _FOLLOWERS.get(settings.capture)) is not None:
-            follower = kind(core.ladder, core.marks, core.gaps, settings, clock)
+            follower = kind(core.ladder, core.marks, core.gaps, settings, clock, auditor)
         commands = CommandQueue(core.marks.carry_out)  # hooks may take their time
         groups = Groups(core.marks, None if follower is not None else core.ladder.gate, clock)
         control = Control(
@@ -159,9 +170,10 @@ class Service:
 
     def _auditor(self, core: Core) -> Auditor | None:
         rate = int(self._settings.audit_bytes_per_second)
-        if not rate or self._settings.capture is not CaptureKind.INLINE:
-            return None  # a traced disk is learned of too late for a hash to have a place in the stream
-        return Auditor(core.ladder, self._clock, core.state.audit_file, bytes_per_second=rate)
+        if not rate:
+            return None
+        kind = _AUDITORS[self._settings.capture]
+        return kind(core.ladder, self._clock, core.state.audit_file, bytes_per_second=rate)
 
     def _wanted(
         self,

@@ -205,8 +205,6 @@ class AgentSettings(BaseSettings):
         for disk in self.disks:
             if self.capture is not CaptureKind.INLINE:
                 kind = self.capture
-                if "audit_bytes_per_second" in self.model_fields_set and self.audit_bytes_per_second:
-                    raise ValueError(f'audit_bytes_per_second can\'t be had with capture = "{kind}": remove it')
                 if not self.copy_free_space:
                     raise ValueError(f'copy_free_space = false can\'t be had with capture = "{kind}": remove it')
                 if disk.nbd or disk.file is not None:

@@ -24,7 +24,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from mobility_agent.auditing import Auditor
 from mobility_agent.capture.inline import Address
+from mobility_agent.capture.trace.audits import PointAuditor
 from mobility_agent.capture.trace.capture import Point, TraceCapture
 from mobility_agent.capture.trace.choice import Choice, Method, choose, choose_method, open_source
 from mobility_agent.capture.trace.tracked import TrackedDisk
@@ -86,6 +88,7 @@ class TracedMachine:
     Args:
         ladder: of `TrackedDisk`s that follow their regions; `ladder.start()` was called.
         marks: make their points here from now on.
+        audits: told at points, and run by the caller.
     """
 
     #: What the status calls the rung of a machine that is captured so.
@@ -95,8 +98,17 @@ class TracedMachine:
     capture: TraceCapture
     choice: Choice
 
-    def __init__(self, ladder: Ladder, marks: Marks, gaps: Gaps, settings: AgentSettings, clock: Clock) -> None:
+    def __init__(
+        self,
+        ladder: Ladder,
+        marks: Marks,
+        gaps: Gaps,
+        settings: AgentSettings,
+        clock: Clock,
+        audits: Auditor | None = None,
+    ) -> None:
         self._ladder, self._marks, self._gaps, self._settings, self._clock = ladder, marks, gaps, settings, clock
+        self._audits = audits
         self._disks = [disk for disk in ladder.disks.values() if isinstance(disk, TrackedDisk)]
         self._commands = CommandQueue(marks.carry_out)
         self._unstored: deque[tuple[int, int]] = deque(maxlen=MAX_POINTS)  # mark, and its first change's time
@@ -114,6 +126,7 @@ class TracedMachine:
             self._clock,
             freeze_budget_seconds=self._settings.freeze_budget_seconds,
             bytes_per_second=self._settings.seed_bytes_per_second or 0,
+            audits=self._audits if isinstance(self._audits, PointAuditor) else None,
         ).__aenter__()
         self._marks.at_point = self._make_point
         _log.info("%d disks are followed by %s: %s", len(self._disks), _METHODS[self.choice.method], self.choice.reason)

@@ -4,8 +4,7 @@ A request to storage costs about as much as 100 KiB of data, so chunks that lie 
 holes between them included. Opening them is work for a thread (AES-GCM and zstd release the interpreter's lock).
 
 At most FETCHES reads are under way at once, whoever asks. `ChunkCache` keeps what was opened last, for readers at
-random; it is bounded in bytes. Two readers that ask for the same chunk at the same moment both fetch it: that costs a
-request and does no harm.
+random; it is bounded in bytes. Whoever asks for a chunk that another is just fetching waits for that.
 """
 
 from __future__ import annotations
@@ -117,24 +116,46 @@ class ChunkCache:
         self._limit = cache_bytes
         self._held = 0
         self._chunks: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._coming: dict[tuple[int, int], asyncio.Future[dict[int, bytes]]] = {}
 
     async def get(self, found: Segment, chunks: Sequence[int]) -> dict[int, bytes]:
         """The given chunks of a segment (ascending), from the cache or from storage."""
         opened: dict[int, bytes] = {}
         missing: list[int] = []
+        coming: list[tuple[int, asyncio.Future[dict[int, bytes]]]] = []
         for index in chunks:
-            data = self._chunks.get((found.number, index))
-            if data is None:
-                missing.append(index)
-            else:
-                self._chunks.move_to_end((found.number, index))
+            key = (found.number, index)
+            data = self._chunks.get(key)
+            if data is not None:
+                self._chunks.move_to_end(key)
                 opened[index] = data
+            elif (promise := self._coming.get(key)) is not None:
+                coming.append((index, promise))
+            else:
+                missing.append(index)
         if missing:
+            opened |= await self._fetch(found, missing)
+        for index, promise in coming:
+            # Shielded, since who waits may be cancelled and the others still want it. Nothing comes of a fetch that
+            # failed or was cancelled: then it is this reader's own.
+            fresh = await asyncio.shield(promise)
+            opened[index] = fresh[index] if index in fresh else (await self.get(found, [index]))[index]
+        return opened
+
+    async def _fetch(self, found: Segment, missing: Sequence[int]) -> dict[int, bytes]:
+        promise: asyncio.Future[dict[int, bytes]] = asyncio.get_running_loop().create_future()
+        for index in missing:
+            self._coming[found.number, index] = promise
+        fresh: dict[int, bytes] = {}
+        try:
             fresh = await self._source.open(found, missing)
-            opened |= fresh
             for index, data in fresh.items():
                 self._keep((found.number, index), data)
-        return opened
+        finally:
+            for index in missing:
+                del self._coming[found.number, index]
+            promise.set_result(fresh)
+        return fresh
 
     def _keep(self, key: tuple[int, int], data: bytes) -> None:
         if key not in self._chunks:

@@ -14,12 +14,12 @@ Memory is bounded by AHEAD segments and the index of the extents that still coun
 from __future__ import annotations
 
 import asyncio
-from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from recovery.chunks import ChunkCache, ChunkSource, MachineLog
@@ -30,7 +30,7 @@ from recovery.scan import Found, LogScan, Problem
 from recovery.view import fill, first_error
 from replicar.errors import CorruptionError, PermanentError
 from replicar.formats import segment
-from replicar.formats.frame import AUDIT_DIGEST_BYTES, Kind, begins_anew
+from replicar.formats.frame import AUDIT_DIGEST_BYTES, Flag, Kind, begins_anew
 from replicar.formats.record import Disk, Gap
 from replicar.log.reader import Segment
 
@@ -123,7 +123,7 @@ class _Checker:
         self._log = log
         self._stored_digest = stored_digest
         self._verified = verified
-        self._index: Index | None = Index()  # None once something is damaged
+        self._index: Index | None = Index(log)  # None once something is damaged
         self._cache = ChunkCache(ChunkSource(log))
 
     async def run(self) -> None:
@@ -219,11 +219,9 @@ class _Checker:
             self.report.audits_skipped += len(rows)
             return
         found = Segment(table, opened.found.blob, opened.found.offset)
-        unordered = self._index.history.open_gap is not None or any(
-            isinstance(item.body, Gap | Disk) for item in opened.records
-        )
+        unordered = _unordered(opened.records, len(table.descriptors), in_gap=self._index.history.open_gap is not None)
         for row in rows:
-            if unordered or int(table.descriptors[row]["length"]) > MAX_AUDIT_BYTES:
+            if unordered[row] or int(table.descriptors[row]["length"]) > MAX_AUDIT_BYTES:
                 self.report.audits_skipped += 1
                 continue
             try:
@@ -247,13 +245,15 @@ class _Checker:
         """
         entry, places = found.table.descriptors[row], found.table.payload_places()
         disk, offset, length = int(entry["disk"]), int(entry["offset"]), int(entry["length"])
-        extents = index.lookup(disk, offset, length)
+        extents = await index.lookup(disk, offset, length)
         for painted_disk, columns in painted(found, places, 0, row):
             if painted_disk == disk:
                 extents = merge(extents, ExtentMap.from_table(*columns).lookup(offset, length))
         out = bytearray(length)
         place, size = int(places[row]), AUDIT_DIGEST_BYTES
-        await fill(self._cache, ChainMap({found.number: found}, index.segments), extents, offset, out)
+        named = [number for number in np.unique(extents.data().segment).tolist() if number != found.number]
+        segments = {found.number: found, **await index.segments.load(named)}
+        await fill(self._cache, segments, extents, offset, out)
         chunks = await self._cache.get(found, list(chunks_of(found.table, place, size)))
         self.report.audits += 1
         if xxhash.xxh3_128_digest(out) == bytes_from(found.table, chunks, place, size):
@@ -263,3 +263,14 @@ class _Checker:
         name = known.name if known is not None else str(disk)
         text = f"at sequence {sequence} the source held other bytes at {offset} of disk {name} ({length} bytes)"
         return Problem(f"{text} than recovery gives", found.number, found.blob, found.offset)
+
+
+def _unordered(records: list[Record], rows: int, *, in_gap: bool) -> npt.NDArray[np.bool_]:
+    """By row of a segment, whether order is not known there, or a disk's size may be another than it was before."""
+    if any(isinstance(item.body, Disk) for item in records):
+        return np.ones(rows, np.bool_)
+    found = np.full(rows, in_gap)
+    for item in records:
+        if isinstance(item.body, Gap):
+            found[item.row :] = not item.flags & Flag.GAP_END
+    return found

@@ -73,6 +73,7 @@ class Connection(asyncio.BufferedProtocol):
         self._handshake: nbd.Handshake | None = nbd.Handshake(host.exports, tls)
         self._deadline: asyncio.TimerHandle | None = None
         self._securing: asyncio.Task[None] | None = None
+        self._early = b""  # came within TLS before the task that put it there was told that it stands
         self._reader: Reader
         self._greeting = memoryview(bytearray(4096))
         self._carry = b""  # received and not parsed, while the open frame is somebody else's
@@ -170,6 +171,9 @@ class Connection(asyncio.BufferedProtocol):
     def _greet(self, data: bytes) -> None:
         handshake = self._handshake
         assert handshake is not None
+        if self._securing is not None:
+            self._early += data
+            return
         try:
             self._transport.write(handshake.receive(data))
         except CorruptionError as error:
@@ -179,6 +183,7 @@ class Connection(asyncio.BufferedProtocol):
         if handshake.finished:
             self._transport.close()
         elif handshake.starts_tls:
+            self._transport.pause_reading()  # what comes now is TLS's
             self._securing = asyncio.get_running_loop().create_task(self._secure(handshake))
         elif handshake.chosen is not None:
             if self._deadline is not None:
@@ -193,7 +198,6 @@ class Connection(asyncio.BufferedProtocol):
 
     async def _secure(self, handshake: nbd.Handshake) -> None:
         """Put TLS under the connection; the client has to show a certificate."""
-        self._transport.pause_reading()  # what comes now is TLS's
         assert self._host.tls is not None, "TLS is offered where it can be had"
         try:
             secured = await asyncio.get_running_loop().start_tls(
@@ -207,6 +211,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = secured
         self._transport.set_write_buffer_limits(high=ANSWER_BYTES)
         handshake.secured()
+        self._securing, early, self._early = None, self._early, b""
+        if early:
+            self._greet(early)
         self._transport.resume_reading()
 
     def _give_up(self) -> None:

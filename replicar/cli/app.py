@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import protection, recover, vault, verify
+from replicar.cli import circle, export, jobs, keys, protection, recover, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     help="""Replicar: machines' disks replicated into Azure page blobs, and recovered to any point.
 
     This is the operator's command. It speaks to the config server with the identity that `config-server init` made;
-    `recover` and `verify` also read the storage account. Both are set in ~/.config/replicar/replicar.toml:
+    `recover`, `export` and `verify` also read the storage account. Both are set in ~/.config/replicar/replicar.toml:
 
     \b
         identity = "/var/lib/replicar/vault/operator"
@@ -38,12 +38,19 @@ for command in (
     vault.machines,
     vault.protect,
     protection.move,
+    protection.remove,
     vault.points,
     vault.tag,
     recover.recover,
+    export.export,
     verify.verify,
+    keys.rotate_key,
+    keys.rewrap,
 ):
     app.command()(command)
+for step in circle.COMMANDS:
+    app.command()(step)
+app.add_typer(jobs.app)
 
 
 @app.command()

@@ -11,13 +11,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from recovery.audits import Audited
 from recovery.chunks import ChunkSource
-from recovery.index import Audited, State
-from recovery.moments import format_moment, parse_moment
+from recovery.moments import format_moment
 from recovery.output import Written, write_raw_file, write_vhd_blob, write_vhd_file
-from recovery.points import AtSequence, Instant, Latest, Named, Request, locate
 from recovery.view import Progress, View
 from replicar.cli.access import Access, MachineId, VaultKeyFile, open_machine
+from replicar.cli.choice import (
+    At,
+    DiskNames,
+    Every,
+    Newest,
+    PointName,
+    Sequence,
+    chosen_disks,
+    chosen_point,
+    disk_names,
+    located,
+)
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, duration, row, run, size, table
 from replicar.cli.settings import OperatorSettings, load_settings
 from replicar.errors import PermanentError
@@ -25,23 +36,15 @@ from replicar.formats.record import Disk
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import open_store
 
-#: Stands for the disk's name in a target's name.
-DISK_MARK = "{disk}"
-
 
 def recover(
     machine: Machine,
-    point: Annotated[str | None, typer.Option(help="A named point.", show_default=False)] = None,
-    at: Annotated[
-        str | None,
-        typer.Option(help="An instant: 2026-11-22T10:00:00.123456Z, or nanoseconds since 1970.", show_default=False),
-    ] = None,
-    sequence: Annotated[int | None, typer.Option(help="A sequence number.", min=1, show_default=False)] = None,
-    latest: Annotated[bool, typer.Option("--latest", help="All that is stored.")] = False,
-    disk: Annotated[
-        list[str] | None, typer.Option(help="A disk's name; may be given several times.", show_default=False)
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All disks that the machine had then.")] = False,
+    point: PointName = None,
+    at: At = None,
+    sequence: Sequence = None,
+    latest: Newest = False,
+    disk: DiskNames = None,
+    every: Every = False,
     raw: Annotated[
         str | None, typer.Option(help="Write a raw file; {disk} stands for the disk's name.", show_default=False)
     ] = None,
@@ -71,7 +74,7 @@ def recover(
 
     async def work(telling: Telling) -> None:
         began = time.monotonic()
-        request = _request(point, at, sequence, latest)
+        request = chosen_point(point, at, sequence, latest)
         kind, target = _target(raw, vhd, blob)
         loaded = load_settings(settings)
         async with AsyncExitStack() as stack:
@@ -79,9 +82,9 @@ def recover(
                 open_machine(loaded, machine, vault_key_file=vault_key_file, machine_id=machine_id)
             )
             source = ChunkSource(access.log)
-            view = View(access.log, await _locate(telling, access, request, source), source=source)
-            disks = _disks(view, disk or [], every)
-            names = _names(disks, target)
+            view = View(access.log, await located(telling, access, request, source), source=source)
+            disks = chosen_disks(view, disk or [], every)
+            names = disk_names(disks, target)
             store = await stack.enter_async_context(_blob_store(loaded, container)) if kind == "blob" else None
             if store is not None and container is not None:
                 await store.ensure_container()
@@ -89,28 +92,10 @@ def recover(
                 await _write(telling, view, item, kind, name, store, replace)
                 for item, name in zip(disks, names, strict=True)
             ]
-        _tell(telling, machine, access, view, written, kind, time.monotonic() - began)
+            audits = {item.name: await view.state.audited(item) for item in disks}
+        _tell(telling, machine, access, view, written, audits, kind, time.monotonic() - began)
 
     run(as_json, work)
-
-
-def _request(point: str | None, at: str | None, sequence: int | None, latest: bool) -> Request:
-    chosen: list[Request] = []
-    if point is not None:
-        chosen.append(Named(point))
-    if at is not None:
-        chosen.append(Instant(parse_moment(at)))
-    if sequence is not None:
-        chosen.append(AtSequence(sequence))
-    if latest:
-        chosen.append(Latest())
-    if len(chosen) != 1:
-        raise PermanentError(
-            "say which point to recover to" if not chosen else "more than one point was asked for",
-            hint="give exactly one of --point NAME, --at TIME, --sequence NUMBER, --latest; "
-            "`replicar points MACHINE` lists what there is",
-        )
-    return chosen[0]
 
 
 def _target(raw: str | None, vhd: str | None, blob: str | None) -> tuple[str, str]:
@@ -121,40 +106,6 @@ def _target(raw: str | None, vhd: str | None, blob: str | None) -> tuple[str, st
             hint="give exactly one of --raw FILE, --vhd FILE, --blob NAME",
         )
     return given[0]
-
-
-async def _locate(telling: Telling, access: Access, request: Request, source: ChunkSource) -> State:
-    with telling.counting("reading the log's tables") as advance:
-        return await locate(
-            access.log,
-            request,
-            stored_number=access.stored_number,
-            stored_digest=access.stored_digest,
-            quiet=access.quiet,
-            source=source,
-            reached=lambda number, _: advance(number, access.stored_number),
-        )
-
-
-def _disks(view: View, names: list[str], every: bool) -> list[Disk]:
-    if every and names:
-        raise PermanentError("--all and --disk were both given", hint="give one of them")
-    if names:
-        return [view.disk(name) for name in dict.fromkeys(names)]
-    if not view.disks:
-        raise PermanentError("the machine has no disk at this point", hint="choose another point")
-    if not every and len(view.disks) > 1:
-        there = ", ".join(disk.name for disk in view.disks)
-        raise PermanentError("say which disk to recover", hint=f"give --all, or --disk with one of: {there}")
-    return list(view.disks)
-
-
-def _names(disks: list[Disk], target: str) -> list[str]:
-    if len(disks) > 1 and DISK_MARK not in target:
-        raise PermanentError(
-            f"{len(disks)} disks can't all be written to {target}", hint=f"put {DISK_MARK} where their names should go"
-        )
-    return [target.replace(DISK_MARK, disk.name.replace("/", "_")) for disk in disks]
 
 
 def _blob_store(loaded: OperatorSettings, container: str | None) -> PageBlobStore:
@@ -173,10 +124,16 @@ async def _write(
 
 
 def _tell(
-    telling: Telling, machine: str, access: Access, view: View, written: list[Written], kind: str, seconds: float
+    telling: Telling,
+    machine: str,
+    access: Access,
+    view: View,
+    written: list[Written],
+    audits: dict[str, Audited],
+    kind: str,
+    seconds: float,
 ) -> None:
     place = view.state.place
-    audits = {item.name: view.state.audited.get(item.index, Audited()) for item in view.disks}
     data = {
         "machine": machine,
         "machine_id": str(access.log.machine_id),
@@ -192,19 +149,20 @@ def _tell(
         console.print(
             f"{machine} as it was after sequence {place.sequence}, {format_moment(place.time_ns)}", markup=False
         )
-        made = table("~disk", "~target", ">size", ">data", ">audited", ">oldest audit")
+        made = table("~disk", "~target", ">size", ">data", ">audited", ">still proven", ">oldest proof")
         for item in written:
-            share, age = _audited(audits[item.disk], view.disk(item.disk).size_bytes, place.time_ns)
-            row(made, item.disk, item.target, size(item.size_bytes), size(item.data_bytes), share, age)
+            shares = _audited(audits[item.disk], view.disk(item.disk).size_bytes, place.time_ns)
+            row(made, item.disk, item.target, size(item.size_bytes), size(item.data_bytes), *shares)
         console.print(made)
         console.print(f"in {duration(seconds)}")
 
     telling.result(data, show)
 
 
-def _audited(audited: Audited, size_bytes: int, time_ns: int) -> tuple[str, str]:
-    """The share of a disk that was audited before the point, and how long before it the oldest of these audits was."""
-    if audited.oldest_ns is None:
-        return "0 %", "-"
-    share = int(100 * audited.audited_bytes / size_bytes)
-    return f"{share} %", duration(max(time_ns - audited.oldest_ns, 0) / 1e9)
+def _audited(audited: Audited, size_bytes: int, time_ns: int) -> tuple[str, str, str]:
+    """The share of a disk that was audited before the point, the share that an audit still holds for, since nothing was
+    written there after it, and how long before the point the oldest of those was."""
+    seen, held = (f"{int(100 * count / size_bytes)} %" for count in (audited.audited_bytes, audited.proven_bytes))
+    if audited.oldest_proof_ns is None:
+        return seen, held, "-"
+    return seen, held, duration(max(time_ns - audited.oldest_proof_ns, 0) / 1e9)

@@ -66,6 +66,10 @@ async def test_a_scanned_disk_comes_back_as_it_was_at_every_tag(tmp_path: Path) 
             (await cluster.replicar("recover", cluster.machine, *point)).require()
             assert target.read_bytes() == state
 
+        report = (await cluster.replicar("verify", cluster.machine, "--json")).require().json()
+        assert report["audits"] > 0
+        assert report["audits_failed"] == 0
+
         busy = asyncio.create_task(_never_still(image))
         refused = await cluster.replicar("tag", cluster.machine, "busy", "--wait-stored")
         busy.cancel()

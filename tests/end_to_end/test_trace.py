@@ -24,7 +24,12 @@ pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(240)]
 MIB = 1 << 20
 DISK = "data"
 #: A budget that two shared cores keep under churn.
-SETTINGS = {"capture": "trace", "journal_bytes": 256 * MIB, "freeze_budget_seconds": 2.0}
+SETTINGS = {
+    "capture": "trace",
+    "journal_bytes": 256 * MIB,
+    "freeze_budget_seconds": 2.0,
+    "audit_bytes_per_second": 64 * MIB,
+}
 
 
 @asynccontextmanager
@@ -113,6 +118,10 @@ async def test_a_mounted_disk_comes_back_as_it_was_at_every_tag_and_at_no_other_
             assert "trace capture orders per mark" in refused.errors
             (await recover(cluster, tmp_path / "latest.raw", "--latest")).require()
             assert (tmp_path / "latest.raw").read_bytes() == (tmp_path / "1.raw").read_bytes()
+
+            report = (await cluster.replicar("verify", cluster.machine, "--json")).require().json()
+            assert report["audits"] > 0
+            assert report["audits_failed"] == 0
 
             now = await status(cluster)
             assert (now["state"], now["rung"]) == ("protected", "per-mark")

@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from replicar.formats import changelog, cipher, frame, logblob, sections, segment, vhd, wire
+from replicar.formats import changelog, cipher, frame, logblob, overlay, sections, segment, vhd, wire
 from replicar.formats.wire import AGENT_TABLE, State
 from tests.golden import layouts, make_golden, sample
 
@@ -33,6 +33,8 @@ SIZES = {
     "frame-entry": segment.FRAME_ENTRY.itemsize,
     "blob-header": logblob.HEADER_BYTES,
     "vhd-footer": vhd.FOOTER_BYTES,
+    "overlay-header": overlay.FIELDS_BYTES,
+    "overlay-session": overlay.SESSION_BYTES,
 }
 
 
@@ -138,6 +140,19 @@ def test_the_documents_footer_table_reads_what_the_code_wrote() -> None:
     assert (said["virtual_bytes"], said["unique_id"]) == (footer.virtual_bytes, footer.unique_id)
     assert said["created"] == footer.created_seconds - vhd.VHD_EPOCH_SECONDS
     assert said["data_offset"] == (1 << 64) - 1
+
+
+def test_the_documents_overlay_tables_read_what_the_code_wrote() -> None:
+    data = STORED["overlay.v1.good.bin"]
+    said, header = TABLES["overlay-header"].values(data), overlay.read_header(data)
+    base = header.base
+    assert (said["magic"], said["version"], said["header_bytes"]) == (overlay.MAGIC, 1, overlay.HEADER_BYTES)
+    wanted = {name: getattr(base, name) for name in ("machine_id", "sequence", "time_ns", "disk_bytes", "disk")}
+    wanted |= {name: getattr(header, name) for name in ("bitmap_bytes", "data_offset", "created_ns")}
+    assert {name: said[name] for name in wanted} == wanted
+    assert said["name"] == base.disk_name.encode().ljust(overlay.MAX_NAME_BYTES, b"\0")
+    session = data[overlay.SESSION_OFFSET :]
+    assert TABLES["overlay-session"].values(session)["boot_id"] == overlay.read_session(session) == sample.MACHINE
 
 
 def test_the_message_example_is_an_ack_by_the_documents_tables() -> None:

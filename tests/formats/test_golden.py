@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from replicar import errors
-from replicar.formats import changelog, frame, logblob, segment, vhd, wire
+from replicar.formats import changelog, frame, logblob, overlay, segment, vhd, wire
 from tests.golden import make_golden, sample
 
 MANIFEST = json.loads(make_golden.MANIFEST.read_text(encoding="utf-8"))
@@ -53,6 +53,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "log": _read_whole_log,
     "blob": logblob.read_header,
     "vhd": vhd.read_footer,
+    "overlay": overlay.read_header,
 }
 
 
@@ -72,7 +73,7 @@ def test_a_golden_file_is_judged_as_it_was(name: str) -> None:
 
 
 def test_every_format_has_good_and_bad_files() -> None:
-    for kind in ("frame", "changelog", "message", "segment", "vhd"):
+    for kind in ("frame", "changelog", "message", "segment", "vhd", "overlay"):
         verdicts = {entry["verdict"] for entry in FILES.values() if entry["format"] == kind}
         assert {"good", "CorruptionError"} <= verdicts
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import xxhash
 import zstandard
 
-from replicar.formats import changelog, cipher, frame, segment, vhd, wire
+from replicar.formats import changelog, cipher, frame, overlay, segment, vhd, wire
 from replicar.formats.frame import Kind
 from tests.golden import layouts, sample
 
@@ -195,9 +195,25 @@ def _footers() -> list[Golden]:
     return [Golden(f"vhd-footer.v1.{name}.bin", "vhd", 1, verdict, about, data) for name, verdict, about, data in rows]
 
 
+def _overlays() -> list[Golden]:
+    base = overlay.Base(sample.MACHINE, 8, sample.TIME + 8, 1, "data", 3 << 20)
+    header = overlay.OverlayHeader(base, sample.TIME)
+    good = bytearray(header.pack().ljust(header.data_offset + base.disk_bytes, b"\0"))
+    session = overlay.pack_session(sample.MACHINE)
+    good[overlay.SESSION_OFFSET : overlay.SESSION_OFFSET + len(session)] = session
+    good[header.volatile_offset] = 0b110  # two sectors: the second was written after the last flush
+    good[header.durable_offset] = 0b10
+    good[header.data_offset + 512 : header.data_offset + 1536] = b"over" * 256
+    rows = [
+        ("good", "good", "a disk of 3 MiB with two sectors written over it, one of them flushed", bytes(good)),
+        ("bad-header", "CorruptionError", "a bit of the header flipped", flipped(bytes(good[:4096]), 33)),
+    ]
+    return [Golden(f"overlay.v1.{name}.bin", "overlay", 1, verdict, about, data) for name, verdict, about, data in rows]
+
+
 def make() -> list[Golden]:
     """Every golden file, made anew."""
-    return [*_frames(), *_changelogs(), *_messages(), *_segments_and_logs(), *_footers()]
+    return [*_frames(), *_changelogs(), *_messages(), *_segments_and_logs(), *_footers(), *_overlays()]
 
 
 def examples(files: dict[str, bytes], document: str) -> dict[str, str]:

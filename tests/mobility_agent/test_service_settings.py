@@ -104,10 +104,6 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
         (f'directory = "/s"\ncapture = "guess"\n{DISK}', "capture: "),
         (f'directory = "/s"\ncapture = "scan"\n{DISK}nbd = "/run/a.sock"\n', 'with capture = "scan" no disk is served'),
         (
-            f'directory = "/s"\ncapture = "scan"\naudit_bytes_per_second = 5\n{DISK}',
-            "audit_bytes_per_second can't be had",
-        ),
-        (
             f'directory = "/s"\ncapture = "scan"\ncopy_free_space = false\n{DISK}',
             "copy_free_space = false can't be had",
         ),

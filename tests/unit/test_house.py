@@ -115,7 +115,8 @@ def test_no_path_of_one_machine_is_written_down(module: str) -> None:
 def test_every_dependency_is_locked_at_a_version_it_allows() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     locked = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "setup/requirements.txt").read_text(), re.MULTILINE))
-    for requirement in map(Requirement, project["dependencies"]):
+    extras = [each for extra in project["optional-dependencies"].values() for each in extra]
+    for requirement in map(Requirement, [*project["dependencies"], *extras]):
         assert requirement.name in locked, f"{requirement.name} is not in setup/requirements.txt"
         assert locked[requirement.name] in requirement.specifier
 

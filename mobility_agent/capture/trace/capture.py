@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mobility_agent.capture.trace import freeze
+from mobility_agent.capture.trace.audits import PointAuditor
 from mobility_agent.capture.trace.copier import BATCH_BYTES, MOMENT_SECONDS, Copier, to_the_end
 from mobility_agent.capture.trace.events import EventSource
 from mobility_agent.capture.trace.follower import Follower
@@ -94,6 +95,7 @@ class TraceCapture:
         freeze_budget_seconds: how long writers may be held at a point.
         bytes_per_second: limit of background copying; 0 for none.
         stage: where what is read at a point is kept; its size bounds how much that may be.
+        audits: told at points; run by the caller.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class TraceCapture:
         freeze_budget_seconds: float = DEFAULT_BUDGET_SECONDS,
         bytes_per_second: int = 0,
         stage: Stage | None = None,
+        audits: PointAuditor | None = None,
     ) -> None:
         self._ladder, self._disks, self._source, self._clock = ladder, disks, source, clock
         self._budget = freeze_budget_seconds
@@ -113,8 +116,12 @@ class TraceCapture:
         self._stage = stage or Stage()
         self._follower = Follower(disks, source, clock)
         self._copier = Copier(disks, ladder, clock, bytes_per_second=bytes_per_second)
-        self._copying = asyncio.Lock()
+        #: Held by whoever copies, reads for an audit, or makes a point.
+        self.turn = asyncio.Lock()
         self._is_still = False  # a thread holds the disks still, and does the draining
+        self._audits = audits
+        if audits is not None:
+            audits.follow(self)
         self._whole_at: int | None = None  # how often the disks had been in doubt when they were last copied in full
         #: Seconds of every freeze.
         self.freezes = Window(_FREEZES)
@@ -170,6 +177,10 @@ class TraceCapture:
         """Whether all there was is copied, and only what changes now goes on being copied."""
         return self._whole_at == self.doubts
 
+    def drain(self) -> None:
+        """Take in every event there is; for whoever has the turn."""
+        self._follower.drain()
+
     @property
     def changed_since_ns(self) -> int | None:
         """When the first change happened that is in no point yet; None: there is none."""
@@ -202,7 +213,9 @@ class TraceCapture:
         """
         until = self._clock.monotonic() + timeout_seconds
         why = ""
-        async with self._copying:
+        async with self.turn:
+            if self._audits is not None:
+                await self._audits.before_point()
             for tries in range(1, MAX_TRIES + 1):
                 filesystems = await self._converge(until, why)
                 try:
@@ -240,6 +253,8 @@ class TraceCapture:
                 "no recovery point: events were lost while it was made", hint="the disks are compared in full first"
             )
         try:
+            if self._audits is not None:
+                self._audits.tell()
             sequence = append_mark()
         finally:
             self._ladder.open_gap(GAP_REASON)
@@ -310,9 +325,11 @@ class TraceCapture:
         """Freeze, read what is dirty into `stage`, thaw; the freeze, why it gave no point, and since when there were
         changes, which are counted anew if it gave one."""
         held = Freeze(filesystems, self._guard, self._budget)
+        settle = self._audits.settle if self._audits is not None else _nothing
+        drain = self._follower.drain_all
         self._is_still = True
         try:
-            why = await to_the_end(asyncio.to_thread(hold_still, held, self._disks, self._follower.drain_all, stage))
+            why = await to_the_end(asyncio.to_thread(hold_still, held, self._disks, drain, stage, settle))
         except TransientError as error:
             why = error.message
             if not self._guard.is_alive:
@@ -349,7 +366,7 @@ class TraceCapture:
             began = self._clock.monotonic()
             full = True
             while full:  # one batch at a time, so that a point has not long to wait for its turn
-                async with self._copying:
+                async with self.turn:
                     batch_began = self._clock.monotonic()
                     follower.begin_counting()
                     if follower.restless_since is not None and began - follower.restless_since > REST_SECONDS:
@@ -362,3 +379,7 @@ class TraceCapture:
                     spent = self._clock.monotonic() - batch_began
                 await self._clock.sleep(spent * (1 / self._share() - 1))
             await self._clock.sleep(max(began + ROUND_SECONDS - self._clock.monotonic(), MOMENT_SECONDS))
+
+
+def _nothing() -> None:
+    pass

@@ -8,7 +8,11 @@ A granule leaves by `take`, which clears it *before* it is read: whatever is iss
 the disk is at rest. Sectors under way are counted per region; a completion that never comes keeps its region here
 until the next moment at rest, which is right.
 
-Memory per TiB of disk: 32 MiB of bits, resident only where something was marked since the start, and 6 MiB of regions.
+Whoever has read a part of the disk may want to know whether it is as it was: `expect`, and later `is_as_expected`. A
+byte for every 64 KiB says whether an event touched it since.
+
+Memory per TiB of disk: 32 MiB of bits and, where something is expected (audits do), 16 MiB of bytes, both resident only
+where something was marked since the start; and 6 MiB of regions.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ from mobility_agent.regions import DirtyRegions
 GRANULE_BYTES: Final = 4096
 #: Clean granules between two dirty ones that are read with them: cheaper than a read of its own.
 MAX_HOLE: Final = 3
+#: What is expected, and found changed, as a whole.
+EXPECTED_BYTES: Final = 64 << 10
+_GRANULES_EXPECTED: Final = EXPECTED_BYTES // GRANULE_BYTES
 #: Ranges of more granules or regions than this are marked one by one, as slices.
 _LARGE: Final = 512
 #: Regions looked at together, so that temporary arrays stay small.
@@ -70,6 +77,7 @@ class DirtyExtents:
         self._under_way = np.zeros(regions.regions, np.int32)  # sectors; below 0 where a completion came first
         self._next = 0  # the region that `take` goes on with
         self._generation = 0
+        self._changed: npt.NDArray[np.bool_] | None = None  # by EXPECTED_BYTES; made when something is expected
 
     @property
     def dirty_bytes(self) -> int:
@@ -98,6 +106,8 @@ class DirtyExtents:
         bits = np.left_shift(1, granules & 7).astype(np.uint8)
         np.bitwise_or.at(self._bits, granules >> 3, bits)
         self._touched[granules // self._per_region] = True
+        if self._changed is not None:
+            self._changed[granules // _GRANULES_EXPECTED] = True
         for start, count in zip(first[~small].tolist(), counts[~small].tolist(), strict=True):
             self._mark_large(start, start + count)
 
@@ -132,6 +142,24 @@ class DirtyExtents:
     def at_rest(self) -> None:
         """Nothing is being written, whatever the events said."""
         self._under_way[:] = 0
+
+    def expect(self, offset: int, length: int) -> int | None:
+        """Say that this range is about to be read; what to ask `is_as_expected` with. None: a write there may be under
+        way, so that what is read now proves nothing. Whole pieces of EXPECTED_BYTES, but for the disk's last one; every
+        event so far is drained."""
+        size = self.regions.region_bytes
+        if self._under_way[offset // size : (offset + length - 1) // size + 1].any():
+            return None
+        if self._changed is None:
+            pages = mmap.mmap(-1, -(-self.regions.disk_bytes // EXPECTED_BYTES))
+            self._changed = np.frombuffer(pages, np.bool_)
+        self._changed[self._pieces(offset, length)] = False
+        return self._generation
+
+    def is_as_expected(self, offset: int, length: int, expected: int) -> bool:
+        """Whether no event touched this range, and none was lost, since `expect` gave `expected`."""
+        changed = self._changed
+        return changed is not None and expected == self._generation and not changed[self._pieces(offset, length)].any()
 
     def take(self, limit_bytes: int, *, at_rest: bool = False) -> Taken:
         """Extents to copy now, at most one region more than `limit_bytes`; they are clean from here on.
@@ -184,6 +212,12 @@ class DirtyExtents:
         for granule in (*range(start, min(begin * 8, end)), *range(max(stop * 8, start), end)):
             self._bits[granule >> 3] |= np.uint8(1 << (granule & 7))
         self._touched[start // self._per_region : (end - 1) // self._per_region + 1] = True
+        if self._changed is not None:
+            self._changed[start // _GRANULES_EXPECTED : (end - 1) // _GRANULES_EXPECTED + 1] = True
+
+    @staticmethod
+    def _pieces(offset: int, length: int) -> slice:
+        return slice(offset // EXPECTED_BYTES, (offset + length - 1) // EXPECTED_BYTES + 1)
 
     def _rows(self, regions: Numbers) -> npt.NDArray[np.uint8]:
         rows: npt.NDArray[np.uint8] = self._bits.reshape(-1, self._per_region // 8)[regions]

@@ -19,12 +19,19 @@ _LOOK_SECONDS: Final = 0.0005
 _REST_SHARE: Final = 0.5
 
 
-def hold_still(held: Freeze, disks: Sequence[TrackedDisk], drain: Callable[[], None], stage: Stage | None) -> str:
+def hold_still(
+    held: Freeze,
+    disks: Sequence[TrackedDisk],
+    drain: Callable[[], None],
+    stage: Stage | None,
+    settle: Callable[[], None],
+) -> str:
     """Freeze, see that nothing moves and nothing is missing, read what is dirty into `stage`, thaw.
 
     Args:
         drain: takes in every event there is, and notices lost ones.
         stage: None: only begin to count; nothing is read.
+        settle: called when everything is read, every event is known, and all is still frozen.
 
     Returns:
         Why this is no point; empty if it is one.
@@ -33,13 +40,19 @@ def hold_still(held: Freeze, disks: Sequence[TrackedDisk], drain: Callable[[], N
         TransientError: something can't be frozen, or a disk can't be read.
     """
     with held:
-        why = _look(held, disks, drain, stage)
+        why = _look(held, disks, drain, stage, settle)
     if not why and not held.held:
         why = "the freeze budget was over"
     return why
 
 
-def _look(held: Freeze, disks: Sequence[TrackedDisk], drain: Callable[[], None], stage: Stage | None) -> str:
+def _look(
+    held: Freeze,
+    disks: Sequence[TrackedDisk],
+    drain: Callable[[], None],
+    stage: Stage | None,
+    settle: Callable[[], None],
+) -> str:
     if held.remaining_seconds <= 0:
         return f"freezing alone took longer than {held.budget_seconds * 1000:.0f} ms"
     if not _come_to_rest(held, disks, drain):
@@ -59,6 +72,7 @@ def _look(held: Freeze, disks: Sequence[TrackedDisk], drain: Callable[[], None],
     drain()
     if _moved(disks) != before:
         return "something was written while the file systems were frozen"
+    settle()
     return ""
 
 

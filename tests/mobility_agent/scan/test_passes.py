@@ -11,7 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import xxhash
 
+from mobility_agent.capture.scan.audits import PassAuditor
 from mobility_agent.capture.scan.volume import FileVolume
 from mobility_agent.digests import Digests
 from mobility_agent.ladder import Ladder
@@ -20,9 +22,10 @@ from mobility_agent.scanned import MAX_TRIES, ScanCapture, ScannedDisk
 from mobility_agent.touched import TouchedRegions
 from replicar.clock import SystemClock
 from replicar.errors import PermanentError, TransientError
-from replicar.formats.frame import Flag, Kind
+from replicar.formats.frame import AUDIT_DIGEST_BYTES, Flag, Kind
 from replicar.formats.record import Consistency, Mark
 from tests.mobility_agent.core import MIB, frames_of, gap_flags, open_log
+from tests.mobility_agent.test_auditing import Timed
 
 SIZES = [5 * MIB + 512, 3 * MIB]
 
@@ -30,8 +33,11 @@ SIZES = [5 * MIB + 512, 3 * MIB]
 class Rig:
     """Two scanned disks in files, and the log that they go into."""
 
-    def __init__(self, ladder: Ladder, scan: ScanCapture, images: list[Path]) -> None:
+    def __init__(
+        self, ladder: Ladder, scan: ScanCapture, images: list[Path], audits: PassAuditor, clock: Timed
+    ) -> None:
         self.ladder, self.scan, self.images = ladder, scan, images
+        self.audits, self.clock = audits, clock  # and the audits' own clock
         self.marked: list[int] = []
 
     def mark(self) -> int:
@@ -47,6 +53,16 @@ class Rig:
 
     def held(self) -> list[bytes]:
         return [image.read_bytes() for image in self.images]
+
+    def told(self) -> list[tuple[int, int, int, bytes]]:
+        """Every AUDIT of the stream: disk, offset, length, digest."""
+        self.ladder.log.seal()
+        return [
+            (disk, offset, length, bytes(item.payload[place : place + AUDIT_DIGEST_BYTES]))
+            for item in frames_of(self.ladder.log)
+            for offset, length, _, place, disk, kind, _ in item.table.tolist()
+            if kind == Kind.AUDIT
+        ]
 
     def replica(self, until: int) -> list[bytes]:
         """Both disks as the stream says up to a sequence."""
@@ -64,7 +80,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(directory: Path) -> AsyncIterator[Rig]:
+async def rig(directory: Path, *, audit_rate: int = 1) -> AsyncIterator[Rig]:
     images = [directory / f"{number}.img" for number in range(2)]
     for image, size, seed in zip(images, SIZES, (1, 2), strict=True):
         if not image.exists():
@@ -77,8 +93,10 @@ async def rig(directory: Path) -> AsyncIterator[Rig]:
     ladder = Ladder(log, disks, regions, touched, digests)
     ladder.start()
     try:
-        async with ScanCapture(ladder, SystemClock(), every_seconds=1.0) as scan:
-            yield Rig(ladder, scan, images)
+        clock = Timed()
+        audits = PassAuditor(ladder, clock, directory / "audit.json", bytes_per_second=audit_rate)
+        async with ScanCapture(ladder, SystemClock(), every_seconds=1.0, audits=audits) as scan:
+            yield Rig(ladder, scan, images, audits, clock)
         await log.close()
     finally:
         for kept in (digests, touched, regions):
@@ -96,6 +114,37 @@ async def test_a_point_of_disks_that_are_left_alone_is_what_they_hold(tmp_path: 
         flags = gap_flags(frames_of(made.ladder.log))
         assert flags[-2:] == [Flag.GAP_END, Flag.GAP_BEGIN]
         assert made.ladder.in_gap
+
+
+async def test_a_point_tells_what_its_pass_has_read_as_far_as_the_rate_goes(tmp_path: Path) -> None:
+    async with rig(tmp_path, audit_rate=MIB) as made:
+        made.clock.now += 2.5
+        await made.scan.point(made.mark)
+        assert [(disk, offset) for disk, offset, _, _ in made.told()] == [(0, 0), (0, MIB), (0, 2 * MIB)]
+        await made.scan.point(made.mark)
+        assert len(made.told()) == 3  # half a piece ahead of the rate
+        made.write(0, 100, b"changed before the point")
+        made.clock.now += 100
+        point = await made.scan.point(made.mark)
+        told = made.told()
+        assert made.audits.last_round is not None
+        assert sum(length for _, _, length, _ in told) == sum(SIZES)
+        assert len({(disk, offset) for disk, offset, _, _ in told}) == len(told)
+        held = made.replica(point.sequence)
+        for disk, offset, length, digest in told[3:]:
+            assert xxhash.xxh3_128_digest(held[disk][offset : offset + length]) == digest
+
+
+async def test_a_pass_that_no_point_rests_on_tells_nothing(tmp_path: Path) -> None:
+    async with rig(tmp_path, audit_rate=MIB) as made:
+        made.clock.now += 100
+        running = asyncio.create_task(made.scan.run())
+        async with asyncio.timeout(20):
+            while not made.scan.is_whole:
+                await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.wait({running})
+        assert made.told() == []
 
 
 async def test_only_what_changed_is_sent_also_after_a_restart(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import xxhash
+
+from mobility_agent.capture.trace.audits import PointAuditor
 from mobility_agent.capture.trace.capture import Point, TraceCapture
 from mobility_agent.capture.trace.choice import Method, open_source
 from mobility_agent.capture.trace.events import EventSource
@@ -30,7 +33,7 @@ from mobility_agent.regions import DirtyRegions
 from mobility_agent.touched import TouchedRegions
 from replicar.clock import SystemClock
 from replicar.formats import frame, record
-from replicar.formats.frame import Flag, Kind
+from replicar.formats.frame import AUDIT_DIGEST_BYTES, Flag, Kind
 from tests.mobility_agent.core import MIB, frames_of, open_log
 from tests.support.tools import need
 
@@ -108,6 +111,7 @@ class Replica:
     marks: list[str] = field(default_factory=list)
     gap: bool = False
     offered: list[str] = field(default_factory=list)
+    audits: list[tuple[int, int, int, bool]] = field(default_factory=list)  # disk, offset, length, whether it agrees
     next_sequence: int = 1
 
     def feed(self, until: int) -> None:
@@ -128,6 +132,13 @@ class Replica:
                 self.disks[disk][offset : offset + length] = payload
             elif kind == Kind.ZERO:
                 self.disks[disk][offset : offset + length] = bytes(length)
+            elif kind == Kind.AUDIT:
+                assert not self.gap, "an audit has its place where order is known"
+                agrees = (
+                    xxhash.xxh3_128_digest(self.disks[disk][offset : offset + length])
+                    == item.payload[place : place + AUDIT_DIGEST_BYTES]
+                )
+                self.audits.append((disk, offset, length, agrees))
             elif kind == Kind.GAP:
                 self.gap = bool(flags & Flag.GAP_BEGIN)
             elif kind == Kind.MARK:
@@ -148,6 +159,7 @@ class Rig:
     stage: WitnessStage
     capture: TraceCapture
     replica: Replica
+    audits: PointAuditor
     count: int = 0
 
     async def point(self) -> Point:
@@ -179,8 +191,13 @@ async def tracing(
     budget_seconds: float = 3.0,
     discard_ranges: bool = False,
     stage: WitnessStage | None = None,
+    audit_rate: int = 1 << 40,
 ) -> AsyncIterator[Rig]:
-    """Trace these disks; the budget is large by default, since the witness reads the whole image in it."""
+    """Trace these disks; the budget is large by default, since the witness reads the whole image in it.
+
+    Args:
+        audit_rate: of the audits, which run only where a story makes them.
+    """
     source = source or open_source(method, discard_ranges=discard_ranges)
     stage = stage or WitnessStage([loop.image for loop in loops])
     log = open_log(directory / "log", limit_bytes=128 * MIB)
@@ -200,12 +217,16 @@ async def tracing(
         ladder = Ladder(log, disks, {disk.index: disk.regions for disk in disks}, touched)
         ladder.start()
         replica = Replica(log, [bytearray(os.urandom(4096) * (disk.size_bytes // 4096)) for disk in disks])
-        capture = TraceCapture(ladder, disks, source, SystemClock(), freeze_budget_seconds=budget_seconds, stage=stage)
+        clock = SystemClock()
+        audits = PointAuditor(ladder, clock, directory / "audit.json", bytes_per_second=audit_rate)
+        capture = TraceCapture(
+            ladder, disks, source, clock, freeze_budget_seconds=budget_seconds, stage=stage, audits=audits
+        )
         async with capture:
             running = asyncio.create_task(capture.run())
             feeding = asyncio.create_task(_feed(replica))
             try:
-                yield Rig(loops, disks, log, ladder, source, stage, capture, replica)
+                yield Rig(loops, disks, log, ladder, source, stage, capture, replica, audits)
             finally:
                 for task in (running, feeding):
                     task.cancel()

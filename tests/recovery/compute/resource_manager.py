@@ -1,0 +1,111 @@
+"""A stand-in for Azure Resource Manager: there is none to be had here.
+
+It keeps resources as they are put, by path, over HTTPS, and answers as the reference of its REST API says: 200 with
+the resource, 404 with an error object, long operations by `Azure-AsyncOperation`. What a test wants to go wrong it puts
+into `troubles`. It knows nothing of what Azure would refuse.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+SUBSCRIPTION = "11111111-2222-3333-4444-555555555555"
+GROUP = f"/subscriptions/{SUBSCRIPTION}/resourceGroups/recovered"
+NETWORKS = f"{GROUP}/providers/Microsoft.Network/virtualNetworks"
+MACHINES = f"{GROUP}/providers/Microsoft.Compute/virtualMachines"
+
+
+class ResourceManager:
+    """An asynchronous context manager; `endpoint` is where it listens."""
+
+    def __init__(self, certificate: Path, key: Path) -> None:
+        self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self._tls.load_cert_chain(certificate, key)
+        self.endpoint = ""
+        self.resources: dict[str, dict[str, Any]] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.tokens: set[str] = set()
+        self.troubles: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
+        self.console = b""
+        self.power = "PowerState/running"
+        self._polls = 0
+
+    async def __aenter__(self) -> ResourceManager:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._tls).start()
+        self.endpoint = f"https://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    def paths(self, kind: str) -> list[str]:
+        return sorted(path for path in self.resources if f"/{kind}/" in path)
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        path, method = request.path, request.method
+        self.requests.append((method, path))
+        if path == "/console":
+            return web.Response(body=self.console)
+        if path == "/screen":
+            return web.Response(body=b"BM a picture")
+        self.tokens.add(request.headers.get("Authorization", ""))
+        kind = path.split("/")[-2]
+        if self.troubles[method, kind]:
+            status, code = self.troubles[method, kind].pop(0)
+            headers = {"Retry-After": "0"} if status in (429, 503) else {}
+            return _json({"error": {"code": code, "message": f"{code} it is"}}, status, headers)
+        if path.startswith("/operations/"):
+            self._polls += 1
+            return _json({"status": "Succeeded" if self._polls % 2 == 0 else "InProgress"}, 200, {"Retry-After": "0"})
+        if method == "PUT":
+            return self._put(path, json.loads(await request.read()))
+        if method == "DELETE":
+            return web.Response(status=200 if self.resources.pop(path, None) else 204)
+        if method == "POST":
+            return self._post(path)
+        return self._get(path)
+
+    def _put(self, path: str, body: dict[str, Any]) -> web.Response:
+        self.resources[path] = {**body, "id": path, "name": path.rpartition("/")[2]}
+        self.resources[path].setdefault("properties", {})["provisioningState"] = "Succeeded"
+        return _json(
+            self.resources[path],
+            202 if path.split("/")[-2] == "disks" else 201,
+            {"Azure-AsyncOperation": f"{self.endpoint}/operations/{len(self.requests)}", "Retry-After": "0"},
+        )
+
+    def _post(self, path: str) -> web.Response:
+        machine, _, action = path.rpartition("/")
+        if machine not in self.resources:
+            return _absent(path)
+        if action == "retrieveBootDiagnosticsData":
+            links = {"serialConsoleLogBlobUri": f"{self.endpoint}/console"}
+            return _json({**links, "consoleScreenshotBlobUri": f"{self.endpoint}/screen"})
+        self.power = "PowerState/stopped"
+        return web.Response(status=200)
+
+    def _get(self, path: str) -> web.Response:
+        if path.endswith("/instanceView"):
+            return _json({"statuses": [{"code": "ProvisioningState/succeeded"}, {"code": self.power}]})
+        if path in self.resources:
+            return _json(self.resources[path])
+        below = [self.resources[each] for each in self.resources if each.rpartition("/")[0] == path]
+        return _json({"value": below}) if path.endswith(("networkInterfaces", "disks")) else _absent(path)
+
+
+def _absent(path: str) -> web.Response:
+    return _json({"error": {"code": "ResourceNotFound", "message": f"there is no {path}"}}, 404)
+
+
+def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.json_response(body, status=status, headers=headers)
