@@ -94,7 +94,7 @@ class View:
         await fill(self._cache, self.state.segments, self._extents(disk).lookup(offset, length), offset, out)
         return bytes(out)
 
-    def stretches(self, disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
+    async def stretches(self, disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
         """(start, end) of what comes from the log within a range, ascending and not touching; the rest is zeros."""
         data = self._extents(disk).lookup(offset, length).data()
         if not len(data):

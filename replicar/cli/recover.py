@@ -1,20 +1,22 @@
-"""`recover`: a machine's disks as they were at a point, as raw files, VHD files, or VHDs in page blobs."""
+"""`recover`: a machine's disks as they were at a point, as files, on block devices, or as VHDs in page blobs."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 
 from recovery.chunks import ChunkSource
+from recovery.device import write_device
 from recovery.index import Audited
 from recovery.moments import format_moment
-from recovery.output import Written, write_raw_file, write_vhd_blob, write_vhd_file
+from recovery.output import Written, write_qcow2_file, write_raw_file, write_vhd_blob, write_vhd_file
 from recovery.view import Progress, View
 from replicar.cli.access import Access, MachineId, VaultKeyFile, open_machine
 from replicar.cli.choice import (
@@ -36,6 +38,14 @@ from replicar.formats.record import Disk
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import open_store
 
+#: What writes to a path, by option.
+_WRITERS: Final[dict[str, Callable[..., Awaitable[Written]]]] = {
+    "raw": write_raw_file,
+    "vhd": write_vhd_file,
+    "qcow2": write_qcow2_file,
+    "device": write_device,
+}
+
 
 def recover(
     machine: Machine,
@@ -50,6 +60,14 @@ def recover(
     ] = None,
     vhd: Annotated[
         str | None, typer.Option(help="Write a fixed VHD file; {disk} likewise.", show_default=False)
+    ] = None,
+    qcow2: Annotated[str | None, typer.Option(help="Write a qcow2 file; {disk} likewise.", show_default=False)] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Write onto a block device that nobody uses; with --replace also if it holds something.",
+            show_default=False,
+        ),
     ] = None,
     blob: Annotated[
         str | None,
@@ -67,7 +85,7 @@ def recover(
     """Recover disks of a machine, as they were at one point.
 
     Say which point (--point, --at, --sequence or --latest), which disks (--disk or --all; not needed for a machine with
-    one disk), and where to (--raw, --vhd or --blob).
+    one disk), and where to (--raw, --vhd, --qcow2, --device or --blob).
 
     The machine itself is not touched. What is there already is not replaced unless you say so.
     """
@@ -75,7 +93,7 @@ def recover(
     async def work(telling: Telling) -> None:
         began = time.monotonic()
         request = chosen_point(point, at, sequence, latest)
-        kind, target = _target(raw, vhd, blob)
+        kind, target = _target(raw=raw, vhd=vhd, qcow2=qcow2, device=device, blob=blob)
         loaded = load_settings(settings)
         async with AsyncExitStack() as stack:
             access = await stack.enter_async_context(
@@ -97,12 +115,12 @@ def recover(
     run(as_json, work)
 
 
-def _target(raw: str | None, vhd: str | None, blob: str | None) -> tuple[str, str]:
-    given = [(kind, name) for kind, name in (("raw", raw), ("vhd", vhd), ("blob", blob)) if name is not None]
+def _target(**targets: str | None) -> tuple[str, str]:
+    given = [(kind, name) for kind, name in targets.items() if name is not None]
     if len(given) != 1:
         raise PermanentError(
             "say where to recover to" if not given else "more than one target was given",
-            hint="give exactly one of --raw FILE, --vhd FILE, --blob NAME",
+            hint="give exactly one of --raw FILE, --vhd FILE, --qcow2 FILE, --device PATH, --blob NAME",
         )
     return given[0]
 
@@ -118,8 +136,7 @@ async def _write(
         progress: Progress = advance
         if store is not None:
             return await write_vhd_blob(view, disk, store, name, replace=replace, progress=progress)
-        write = write_raw_file if kind == "raw" else write_vhd_file
-        return await write(view, disk, Path(name), replace=replace, progress=progress)
+        return await _WRITERS[kind](view, disk, Path(name), replace=replace, progress=progress)
 
 
 def _tell(
