@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import export, protection, recover, vault, verify
+from replicar.cli import export, protection, recover, rescue, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ for command in (
     recover.recover,
     export.export,
     verify.verify,
+    rescue.rescue,
 ):
     app.command()(command)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -17,6 +17,7 @@ from recovery.device import write_device
 from recovery.index import Audited
 from recovery.moments import format_moment
 from recovery.output import Written, write_qcow2_file, write_raw_file, write_vhd_blob, write_vhd_file
+from recovery.points import Request
 from recovery.view import Progress, View
 from replicar.cli.access import Access, MachineId, VaultKeyFile, open_machine
 from replicar.cli.choice import (
@@ -32,11 +33,41 @@ from replicar.cli.choice import (
     located,
 )
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, duration, row, run, size, table
-from replicar.cli.settings import OperatorSettings, load_settings
+from replicar.cli.settings import load_settings
 from replicar.errors import PermanentError
 from replicar.formats.record import Disk
 from replicar.storage.store import PageBlobStore
-from replicar.storage.target import open_store
+from replicar.storage.target import StorageTarget, open_store
+
+RawFile = Annotated[
+    str | None,
+    typer.Option("--raw", help="Write a raw file; {disk} stands for the disk's name.", show_default=False),
+]
+VhdFile = Annotated[
+    str | None, typer.Option("--vhd", help="Write a fixed VHD file; {disk} likewise.", show_default=False)
+]
+Qcow2File = Annotated[
+    str | None, typer.Option("--qcow2", help="Write a qcow2 file; {disk} likewise.", show_default=False)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Write onto a block device that nobody uses; with --replace also if it holds something.",
+        show_default=False,
+    ),
+]
+Blob = Annotated[
+    str | None,
+    typer.Option(
+        "--blob", help="Write a fixed VHD into a page blob, ready for import; {disk} likewise.", show_default=False
+    ),
+]
+Container = Annotated[
+    str | None,
+    typer.Option("--container", help="The container for --blob, if not the logs' own.", show_default=False),
+]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace what is there already.")]
 
 #: What writes to a path, by option.
 _WRITERS: Final[dict[str, Callable[..., Awaitable[Written]]]] = {
@@ -55,28 +86,13 @@ def recover(
     latest: Newest = False,
     disk: DiskNames = None,
     every: Every = False,
-    raw: Annotated[
-        str | None, typer.Option(help="Write a raw file; {disk} stands for the disk's name.", show_default=False)
-    ] = None,
-    vhd: Annotated[
-        str | None, typer.Option(help="Write a fixed VHD file; {disk} likewise.", show_default=False)
-    ] = None,
-    qcow2: Annotated[str | None, typer.Option(help="Write a qcow2 file; {disk} likewise.", show_default=False)] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Write onto a block device that nobody uses; with --replace also if it holds something.",
-            show_default=False,
-        ),
-    ] = None,
-    blob: Annotated[
-        str | None,
-        typer.Option(help="Write a fixed VHD into a page blob, ready for import; {disk} likewise.", show_default=False),
-    ] = None,
-    container: Annotated[
-        str | None, typer.Option(help="The container for --blob, if not the logs' own.", show_default=False)
-    ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace what is there already.")] = False,
+    raw: RawFile = None,
+    vhd: VhdFile = None,
+    qcow2: Qcow2File = None,
+    device: Device = None,
+    blob: Blob = None,
+    container: Container = None,
+    replace: Replace = False,
     settings: SettingsFile = None,
     vault_key_file: VaultKeyFile = None,
     machine_id: MachineId = None,
@@ -91,31 +107,64 @@ def recover(
     """
 
     async def work(telling: Telling) -> None:
-        began = time.monotonic()
         request = chosen_point(point, at, sequence, latest)
-        kind, target = _target(raw=raw, vhd=vhd, qcow2=qcow2, device=device, blob=blob)
+        to = chosen_target(raw=raw, vhd=vhd, qcow2=qcow2, device=device, blob=blob)
         loaded = load_settings(settings)
-        async with AsyncExitStack() as stack:
-            access = await stack.enter_async_context(
-                open_machine(loaded, machine, vault_key_file=vault_key_file, machine_id=machine_id)
-            )
-            source = ChunkSource(access.log)
-            view = View(access.log, await located(telling, access, request, source), source=source)
-            disks = chosen_disks(view, disk or [], every)
-            names = disk_names(disks, target)
-            store = await stack.enter_async_context(_blob_store(loaded, container)) if kind == "blob" else None
-            if store is not None and container is not None:
-                await store.ensure_container()
-            written = [
-                await _write(telling, view, item, kind, name, store, replace)
-                for item, name in zip(disks, names, strict=True)
-            ]
-        _tell(telling, machine, access, view, written, kind, time.monotonic() - began)
+        async with open_machine(loaded, machine, vault_key_file=vault_key_file, machine_id=machine_id) as access:
+            disks = Disks(tuple(disk or ()), every)
+            await recovered(telling, machine, access, request, disks, to, loaded.target(container), replace=replace)
 
     run(as_json, work)
 
 
-def _target(**targets: str | None) -> tuple[str, str]:
+@dataclass(frozen=True, slots=True)
+class Disks:
+    """Which disks were asked for: by their names, or every one."""
+
+    names: tuple[str, ...] = ()
+    every: bool = False
+
+
+async def recovered(
+    telling: Telling,
+    machine: str,
+    access: Access,
+    request: Request,
+    chosen: Disks,
+    to: tuple[str, str],
+    container: StorageTarget,
+    *,
+    replace: bool,
+) -> None:
+    """Recover disks, and say what was written.
+
+    Args:
+        to: kind and name of the target, see `chosen_target`.
+        container: where blobs go.
+    """
+    began = time.monotonic()
+    kind, target = to
+    source = ChunkSource(access.log)
+    view = View(access.log, await located(telling, access, request, source), source=source)
+    disks = chosen_disks(view, list(chosen.names), chosen.every)
+    names = disk_names(disks, target)
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(container)) if kind == "blob" else None
+        if store is not None:
+            await store.ensure_container()
+        written = [
+            await _write(telling, view, item, kind, name, store, replace)
+            for item, name in zip(disks, names, strict=True)
+        ]
+    _tell(telling, machine, access, view, written, kind, time.monotonic() - began)
+
+
+def chosen_target(**targets: str | None) -> tuple[str, str]:
+    """The one target that was given, as kind and name.
+
+    Raises:
+        PermanentError: none was, or more than one.
+    """
     given = [(kind, name) for kind, name in targets.items() if name is not None]
     if len(given) != 1:
         raise PermanentError(
@@ -123,10 +172,6 @@ def _target(**targets: str | None) -> tuple[str, str]:
             hint="give exactly one of --raw FILE, --vhd FILE, --qcow2 FILE, --device PATH, --blob NAME",
         )
     return given[0]
-
-
-def _blob_store(loaded: OperatorSettings, container: str | None) -> PageBlobStore:
-    return open_store(loaded.target(container))
 
 
 async def _write(
