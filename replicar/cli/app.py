@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import export, protection, recover, rescue, vault, verify
+from replicar.cli import export, mount, protection, recover, rescue, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -42,6 +42,8 @@ for command in (
     vault.tag,
     recover.recover,
     export.export,
+    mount.mount,
+    mount.unmount,
     verify.verify,
     rescue.rescue,
 ):

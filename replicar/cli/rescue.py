@@ -13,6 +13,7 @@ from recovery.history import History
 from recovery.moments import format_moment
 from recovery.points import survey
 from recovery.rescue import FoundMachine, machines_in
+from recovery.verify import nothing_there
 from replicar.cli import overview
 from replicar.cli.access import Access, open_machine
 from replicar.cli.choice import At, DiskNames, Every, Newest, PointName, Sequence, chosen_point
@@ -84,7 +85,10 @@ def rescue(
         name = str(machine_id)
         async with open_machine(loaded, name, vault_key_file=vault_key_file, machine_id=machine_id) as access:
             if not wanted:
-                _show_machine(telling, access, await survey(access.log))
+                history = await survey(access.log)
+                if history.last is None:
+                    raise nothing_there(access.log)
+                _show_machine(telling, access, history)
                 return
             request, to = chosen_point(point, at, sequence, latest), chosen_target(**targets)
             disks = Disks(tuple(disk or ()), every)

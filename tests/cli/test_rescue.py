@@ -1,4 +1,4 @@
-"""`replicar rescue`: with a container, the vault's key and nothing else; and verification by somebody who may only read."""
+"""`replicar rescue`: a container, the vault's key and nothing else; and verification by who may only read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A share of a log at a time: what is damaged is found in its turn, the chain in every turn, and no faster than told."""
+"""A share of a log at a time: damage is found in its turn, a broken chain in every turn; no faster than told."""
 
 from __future__ import annotations
 
