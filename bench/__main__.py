@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench import capture, datapath, limit
+from bench import capture, churn, datapath, limit
 from bench.report import Report, show
 from replicar.errors import ReplicarError
 
@@ -48,6 +48,18 @@ def _capture_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mib", type=int, default=capture.DEFAULT_MIB, help="MiB of each disk (%(default)s)")
 
 
+def _churn_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mb-per-s", type=float, default=churn.DEFAULT_MB_PER_S, help="of writes (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=churn.DEFAULT_SECONDS, help="at that rate (%(default)s)")
+    parser.add_argument(
+        "--step-seconds",
+        type=float,
+        default=churn.DEFAULT_STEP_SECONDS,
+        help="for each higher rate; 0 tries none (%(default)s)",
+    )
+    parser.add_argument("--disk-mib", type=int, default=churn.DEFAULT_DISK_MIB, help="MiB of the disk (%(default)s)")
+
+
 BENCHMARKS: Final = {
     "limit": Benchmark(
         "cpu seconds per GB of the libraries alone, and the throughput these cores could reach at best",
@@ -63,6 +75,11 @@ BENCHMARKS: Final = {
         "what it costs whoever writes that the agent captures it: beside a server that logs nothing",
         _capture_options,
         capture.run,
+    ),
+    "churn": Benchmark(
+        "8 KiB random writes through the whole path: the RPO at a rate, and the highest rate that is held",
+        _churn_options,
+        churn.run,
     ),
 }
 

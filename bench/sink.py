@@ -9,6 +9,9 @@ kept, so the next one may overwrite it). What requests mean is `page_blobs`' mat
 
     python -m bench.sink --directory D      prints its port; on SIGTERM one JSON object with its own cpu seconds
 
+With `--record FILE` it writes down when each segment was answered for, and what the segment's header says of it: a
+line of `StoredSegment`, the truth about what is stored and since when.
+
 Weak: HTTP is understood as far as the storage client speaks it (no chunked bodies).
 """
 
@@ -20,16 +23,19 @@ import json
 import re
 import signal
 import sys
+import time
+from dataclasses import astuple, dataclass
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import IO, Any, Final, Self, cast
 
 import uvloop
 
 from bench.certificates import HOST, Certificates
 from bench.measure import own_cpu
 from bench.page_blobs import KEPT_BYTES, Answer, PageBlobs, Request
+from replicar.formats import segment
 from simulator.child import Child
 
 ACCOUNT_NAME: Final = "sink"
@@ -41,23 +47,62 @@ START_SECONDS: Final = 30.0
 _LISTENING = re.compile(r"^the sink listens on port (\d+)$", re.MULTILINE)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredSegment:
+    """A segment that the sink took: when it answered (wall clock), and what stands in the header."""
+
+    answered_ns: int
+    machine: int
+    number: int
+    first_sequence: int
+    last_sequence: int
+    first_ns: int
+    last_ns: int
+    raw_bytes: int
+    total_bytes: int
+
+    @classmethod
+    def of(cls, header: segment.SegmentHeader) -> Self:
+        where = header.position
+        return cls(
+            time.time_ns(),
+            where.machine_id.int,
+            where.number,
+            where.first_sequence,
+            where.last_sequence,
+            header.first_time_ns,
+            header.last_time_ns,
+            header.raw_bytes,
+            header.total_bytes,
+        )
+
+    @classmethod
+    def read_all(cls, path: Path) -> list[Self]:
+        """What a sink has written down so far; a line that is being written is left out."""
+        whole, _, _ = path.read_text().rpartition("\n")
+        return [cls(*map(int, line.split())) for line in whole.split("\n") if line]
+
+
 class Sink:
     """The process, for whoever starts it; it has what `simulator.azurite.Azurite` has, as far as clients care.
 
     Args:
         directory: made if need be; takes the certificates and the log.
+        recording: whether segments are written down, in `record`.
     """
 
     account_name = ACCOUNT_NAME
     account_key = ACCOUNT_KEY
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, recording: bool = False) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory.resolve()
         self.certificates = Certificates.make(self.directory)
         self.authority_file = self.certificates.authority
         self.port = 0
-        command = [sys.executable, "-m", "bench.sink", "--directory", str(self.directory)]
+        self.record = self.directory / "record"
+        command: list[str | Path] = [sys.executable, "-m", "bench.sink", "--directory", self.directory]
+        command += ["--record", self.record] if recording else []
         self.child = Child("sink", command, self.directory / "sink.log")
 
     @property
@@ -104,9 +149,11 @@ class Sink:
 class _Connection(asyncio.BufferedProtocol):
     """One client's requests, one after the other."""
 
-    def __init__(self, blobs: PageBlobs, buffer: memoryview) -> None:
+    def __init__(self, blobs: PageBlobs, buffer: memoryview, record: IO[str] | None) -> None:
         self._blobs = blobs
         self._buffer = buffer
+        self._record = record
+        self._segment = b""  # the beginning of a large body, where there is a record
         self._head = b""
         self._request: Request | None = None  # whose body is coming
         self._left = 0
@@ -128,6 +175,8 @@ class _Connection(asyncio.BufferedProtocol):
             taken = min(self._left, count - at)
             if self._kept is not None:
                 self._kept += self._buffer[at : at + taken]
+            elif self._record is not None and (lacking := segment.HEADER_BYTES - len(self._segment)) > 0:
+                self._segment += self._buffer[at : at + min(taken, lacking)]
             self._left -= taken
             at += taken
             if not self._left:
@@ -159,7 +208,16 @@ class _Connection(asyncio.BufferedProtocol):
         if self._kept:
             request = Request(request.method, request.target, request.headers, bytes(self._kept))
         self._request, self._kept = None, None
-        self._transport.write(_pack(self._blobs.answer(request), with_body=request.method != "HEAD"))
+        answer = self._blobs.answer(request)
+        if self._record is not None and request.method == "PUT":
+            self._note(self._record, self._segment or request.body[: segment.HEADER_BYTES], answer)
+        self._transport.write(_pack(answer, with_body=request.method != "HEAD"))
+
+    def _note(self, record: IO[str], head: bytes, answer: Answer) -> None:
+        self._segment = b""
+        header = segment.read_header(head) if head.startswith(segment.MAGIC) else None
+        if header is not None and answer.status == HTTPStatus.CREATED:
+            record.write(" ".join(map(str, astuple(StoredSegment.of(header)))) + "\n")
 
 
 def _pack(answer: Answer, *, with_body: bool) -> bytes:
@@ -169,12 +227,13 @@ def _pack(answer: Answer, *, with_body: bool) -> bytes:
     return head + answer.body if with_body else head
 
 
-async def _serve(certificates: Certificates) -> dict[str, Any]:
+async def _serve(certificates: Certificates, record: IO[str] | None) -> dict[str, Any]:
     blobs, buffer = PageBlobs(), memoryview(bytearray(BUFFER_BYTES))
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = await loop.create_server(lambda: _Connection(blobs, buffer), HOST, 0, ssl=certificates.server_context())
+    context = certificates.server_context()
+    server = await loop.create_server(lambda: _Connection(blobs, buffer, record), HOST, 0, ssl=context)
     began = own_cpu()
     print(f"the sink listens on port {server.sockets[0].getsockname()[1]}", flush=True)
     await stop.wait()
@@ -189,9 +248,12 @@ def main() -> None:
         prog="python -m bench.sink", description="A page-blob endpoint that keeps nothing."
     )
     parser.add_argument("--directory", type=Path, required=True, help="where authority, certificate and key are")
-    directory: Path = parser.parse_args().directory
+    parser.add_argument("--record", type=Path, help="a file for a line of each segment that came")
+    options = parser.parse_args()
+    directory: Path = options.directory
+    record: IO[str] | None = options.record.open("w", buffering=1) if options.record is not None else None
     certificates = Certificates(directory / "authority.pem", directory / "certificate.pem", directory / "key.pem")
-    print(json.dumps(uvloop.run(_serve(certificates))), flush=True)
+    print(json.dumps(uvloop.run(_serve(certificates, record))), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ HURRY_SECONDS: Final = 0.25
 class Topic(Enum):
     INSTRUCTIONS = auto()  # what a machine or process server should do has changed
     PROGRESS = auto()  # a machine reported
+    JOBS = auto()  # a job was made, or has changed
 
 
 Key: TypeAlias = tuple[Topic, UUID]

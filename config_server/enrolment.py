@@ -1,9 +1,9 @@
 """The rules for letting a part in: what must be proven, in which order, and what each refusal says.
 
 The order matters. Nothing is told to someone who has not proven to know the passphrase, except that; then come the
-clock, the nonce (each is taken once) and, for a process server, the registration key. That key may be used by any
-number of process servers until it expires: it is a second proof with a short life, not a ticket, and a single-use key
-would be spent by an enrolment whose answer was lost on the way.
+clock, the nonce (each is taken once) and, for whoever is given keys (process servers, recovery workers), the
+registration key. That key may be used by any number of them until it expires: it is a second proof with a short life,
+not a ticket, and a single-use key would be spent by an enrolment whose answer was lost on the way.
 
 Wrong proofs are counted by address and over all; beyond the limit an address waits, so that a passphrase can't be
 tried out in a hurry.
@@ -111,7 +111,7 @@ def enrol(connection: sqlite3.Connection, vault: Vault, request: EnrolRequest, n
     check_clock(who, request.time_ns, now_ns)
     if not parties.take_nonce(connection, request.nonce, now_ns, NONCE_KEEP_SECONDS):
         raise PermanentError("this request to enrol was used before", hint="run the part's `enrol` again", status=409)
-    if role is Role.PROCESS_SERVER:
+    if role is not Role.MACHINE:
         check_registration(connection, request, now_ns)
     party = parties.admit(connection, role, request.name, now_ns)
     certificate = vault.authority.issue(request.csr.encode(), role, party.id, now_ns)

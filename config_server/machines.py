@@ -21,7 +21,7 @@ import sqlite3
 import uuid
 from typing import Any, Final
 
-from config_server import parties, points
+from config_server import points
 from config_server.parties import Party
 from config_server.vault import Vault
 from replicar.control.identity import INCARNATION_SHIFT
@@ -220,11 +220,10 @@ def never_protected(name: str) -> PermanentError:
     )
 
 
-def remove(connection: sqlite3.Connection, machine: Party, now_ns: int) -> None:
-    """End a machine's protection and refuse it; its key and points stay, so that what is stored can be recovered."""
-    parties.remove(connection, machine, now_ns)
-    connection.execute("UPDATE machines SET process_server_id = NULL WHERE id = ?", (str(machine.id),))
-    connection.execute("DELETE FROM commands WHERE machine_id = ?", (str(machine.id),))
+def withdraw(connection: sqlite3.Connection, machine_id: uuid.UUID) -> None:
+    """Take a machine from its process server, and the commands from its list."""
+    connection.execute("UPDATE machines SET process_server_id = NULL WHERE id = ?", (str(machine_id),))
+    connection.execute("DELETE FROM commands WHERE machine_id = ?", (str(machine_id),))
 
 
 def machine_row(connection: sqlite3.Connection, machine_id: uuid.UUID) -> sqlite3.Row:

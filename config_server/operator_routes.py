@@ -12,6 +12,7 @@ from typing import Final
 from config_server import groups, machines, overview, parties, placement, points
 from config_server.api import Call, Context, Route, hold
 from config_server.bells import Bells, Topic
+from config_server.jobs import opening
 from config_server.placement import Move
 from replicar.control.identity import Role
 from replicar.control.messages import (
@@ -62,15 +63,17 @@ async def get_machine(context: Context, call: Call) -> MachineSummary:
 async def post_protect(context: Context, call: Call) -> MachineSummary:
     name, now_ns = call.names["name"], context.clock.now_ns()
 
-    def change(connection: sqlite3.Connection) -> tuple[uuid.UUID, MachineSummary]:
+    def change(connection: sqlite3.Connection) -> tuple[uuid.UUID | None, MachineSummary]:
         machine = parties.machine_named(connection, name)
-        server_id = placement.protect(connection, context.vault, machine, now_ns)
+        opening.protect(connection, context.vault, machine, call.asking().name, now_ns)
         parties.audit(connection, call.asking().id, "protect", f"machine {name}", now_ns)
-        return server_id, overview.summary(connection, machine.id, now_ns, context.troubles)
+        summary = overview.summary(connection, machine.id, now_ns, context.troubles)
+        return machines.server_of(connection, machine.id), summary
 
     server_id, summary = await context.registry.run(change)
     # the process server first: an agent that comes before its process server knows of it is only sent away again
-    context.bells.ring(Topic.INSTRUCTIONS, server_id)
+    if server_id is not None:
+        context.bells.ring(Topic.INSTRUCTIONS, server_id)
     context.bells.ring(Topic.INSTRUCTIONS, summary.id)
     return summary
 
@@ -101,7 +104,7 @@ async def post_remove(context: Context, call: Call) -> MachineSummary:
     def change(connection: sqlite3.Connection) -> tuple[uuid.UUID | None, MachineSummary]:
         machine = parties.machine_named(connection, name)
         server_id = machines.server_of(connection, machine.id)
-        machines.remove(connection, machine, now_ns)
+        opening.remove(connection, machine, now_ns)
         parties.audit(connection, call.asking().id, "remove", f"machine {name}", now_ns)
         return server_id, overview.summary(connection, machine.id, now_ns, context.troubles)
 
@@ -225,20 +228,23 @@ def software() -> str:
         return "unknown"
 
 
-_OPERATOR: Final = frozenset({Role.OPERATOR})
+_PEOPLE: Final = frozenset({Role.READER, Role.OPERATOR, Role.ADMIN})
+_OPERATORS: Final = frozenset({Role.OPERATOR, Role.ADMIN})
+#: Recovery workers read what they work on; who was given a key is audited.
+_KEYS: Final = _OPERATORS | {Role.RECOVERY}
 
 ROUTES: Final[tuple[Route, ...]] = tuple(
-    Route(method, path, handler, _OPERATOR)
-    for method, path, handler in (
-        ("GET", "/status", get_status),
-        ("GET", "/machines", get_machines),
-        ("GET", "/machines/{name}", get_machine),
-        ("POST", "/machines/{name}/protect", post_protect),
-        ("POST", "/machines/{name}/move", post_move),
-        ("POST", "/machines/{name}/remove", post_remove),
-        ("GET", "/machines/{name}/points", get_points),
-        ("GET", "/machines/{name}/key", get_key),
-        ("POST", "/machines/{name}/marks", post_mark),
-        ("POST", "/groups", post_group),
+    Route(method, path, handler, roles)
+    for method, path, handler, roles in (
+        ("GET", "/status", get_status, _PEOPLE),
+        ("GET", "/machines", get_machines, _PEOPLE | {Role.RECOVERY}),
+        ("GET", "/machines/{name}", get_machine, _PEOPLE | {Role.RECOVERY}),
+        ("POST", "/machines/{name}/protect", post_protect, _OPERATORS),
+        ("POST", "/machines/{name}/move", post_move, _OPERATORS),
+        ("POST", "/machines/{name}/remove", post_remove, _OPERATORS),
+        ("GET", "/machines/{name}/points", get_points, _PEOPLE | {Role.RECOVERY}),
+        ("GET", "/machines/{name}/key", get_key, _KEYS),
+        ("POST", "/machines/{name}/marks", post_mark, _OPERATORS),
+        ("POST", "/groups", post_group, _OPERATORS),
     )
 )

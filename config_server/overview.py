@@ -6,7 +6,7 @@ import sqlite3
 import uuid
 from typing import Final
 
-from config_server import points
+from config_server import lives, points
 from config_server.machines import LIVE_SECONDS, MACHINES, machine_row
 from config_server.parties import Party
 from config_server.troubles import Troubles
@@ -53,13 +53,13 @@ def quiet(connection: sqlite3.Connection, machine: Party) -> tuple[int, int] | N
 
 
 def summary(connection: sqlite3.Connection, machine_id: uuid.UUID, now_ns: int, troubles: Troubles) -> MachineSummary:
-    return _summary(machine_row(connection, machine_id), now_ns, troubles)
+    return _summary(connection, machine_row(connection, machine_id), now_ns, troubles)
 
 
 def summaries(connection: sqlite3.Connection, now_ns: int, troubles: Troubles) -> tuple[MachineSummary, ...]:
     """All machines that were not removed, by name."""
     rows = connection.execute(f"{MACHINES} WHERE parties.removed_ns IS NULL ORDER BY parties.name").fetchall()
-    return tuple(_summary(row, now_ns, troubles) for row in rows)
+    return tuple(_summary(connection, row, now_ns, troubles) for row in rows)
 
 
 def process_servers(
@@ -89,10 +89,11 @@ def process_servers(
     )
 
 
-def _summary(row: sqlite3.Row, now_ns: int, troubles: Troubles) -> MachineSummary:
+def _summary(connection: sqlite3.Connection, row: sqlite3.Row, now_ns: int, troubles: Troubles) -> MachineSummary:
     report, errors = _report(row), _errors(row, now_ns, troubles)
+    machine_id = uuid.UUID(row["id"])
     return MachineSummary(
-        id=uuid.UUID(row["id"]),
+        id=machine_id,
         name=row["name"],
         incarnation=row["incarnation"],
         state=report.state if row["removed_ns"] is None else REMOVED,
@@ -117,6 +118,8 @@ def _summary(row: sqlite3.Row, now_ns: int, troubles: Troubles) -> MachineSummar
         journal_full_seconds=report.journal_full_seconds,
         copy_remaining_seconds=report.copy_remaining_seconds,
         capture=report.capture,
+        life=lives.state_of(connection, machine_id),
+        life_since_ns=lives.stored(connection, machine_id).since_ns,
         storing=not errors,
         errors=errors,
     )

@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 from config_server import enrolment, machines, parties
 from config_server.api import Call, Context, Route, hold
 from config_server.bells import Topic
+from config_server.jobs import own
 from config_server.parties import Party
 from replicar.control.admission import EnrolReply, EnrolRequest, RenewReply, RenewRequest, VaultInfo
 from replicar.control.identity import Role
@@ -62,7 +63,12 @@ async def post_certificates(context: Context, call: Call) -> RenewReply:
 async def post_machine_heartbeat(context: Context, call: Call) -> AgentInstructions:
     heartbeat, machine, now_ns = AgentHeartbeat.from_json(call.body), call.asking(), context.clock.now_ns()
     enrolment.check_clock(f"machine {machine.name}", heartbeat.time_ns, now_ns)
-    await context.registry.run(lambda connection: machines.record_agent(connection, machine.id, heartbeat, now_ns))
+
+    def record(connection: sqlite3.Connection) -> None:
+        machines.record_agent(connection, machine.id, heartbeat, now_ns)
+        own.advance(connection, machine.id, now_ns)
+
+    await context.registry.run(record)
     context.groups.report(machine.id, heartbeat.hold)
     context.bells.ring(Topic.PROGRESS, machine.id)
 

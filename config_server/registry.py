@@ -5,8 +5,8 @@ event loop, one at a time and in order, so that there is no locking to think abo
 journal is a write-ahead log with `synchronous=FULL`: what was answered survives a power cut. The command line may open
 the same file beside a running server (`config-server registration-key`); SQLite's own lock keeps them apart.
 
-What is kept, table by table, is said in the schema below. Rules live elsewhere: who may enter in `parties`, what
-machines do in `machines`, what can be recovered in `points`.
+What is kept, table by table, is said in the schema below, and in `schema_circle` for jobs and what belongs to them.
+Rules live elsewhere: who may enter in `parties`, what machines do in `machines`, what can be recovered in `points`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
+from config_server import schema_circle as circle
 from replicar.errors import CorruptionError, PermanentError, TransientError
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 BUSY_SECONDS: Final = 5.0
 #: Transactions waiting for the writer; at some 2,000 a second that is half a second of work.
 MAX_WAITING: Final = 1024
@@ -102,6 +103,7 @@ _STEPS: Final = {
     ),
     3: ("ALTER TABLE marks ADD COLUMN pause_seconds REAL",),
     4: ("CREATE TABLE group_points (id TEXT PRIMARY KEY, point TEXT NOT NULL, created_ns INTEGER NOT NULL) STRICT",),
+    5: (*circle.TABLES, circle.TAKE_OVER),
 }
 
 _T = TypeVar("_T")
@@ -136,7 +138,7 @@ class Registry:
                 hint="run the version of config-server that wrote it, or a newer one",
             )
         if version < SCHEMA_VERSION:
-            statements = _SCHEMA.split(";\n")  # not `executescript`, which would end the transaction
+            statements = [*_SCHEMA.split(";\n"), *circle.TABLES]  # not a script, which would end the transaction
             if version:
                 statements = [each for step in range(version, SCHEMA_VERSION) for each in _STEPS[step + 1]]
             for statement in statements:

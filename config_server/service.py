@@ -18,7 +18,7 @@ from typing import Final
 
 from aiohttp import web
 
-from config_server import operator_routes, part_routes, parties
+from config_server import job_routes, operator_routes, part_routes, parties
 from config_server.api import Context, application
 from config_server.bells import Bells
 from config_server.registry import RegistryThread
@@ -74,7 +74,7 @@ class ConfigServer:
                 heartbeat_seconds=self._settings.heartbeat_seconds,
             )
             runner = web.AppRunner(
-                application(context, part_routes.ROUTES + operator_routes.ROUTES),
+                application(context, part_routes.ROUTES + operator_routes.ROUTES + job_routes.ROUTES),
                 access_log=None,
                 handler_cancellation=True,  # a long poll ends with its connection
                 keepalive_timeout=KEEP_ALIVE_SECONDS,

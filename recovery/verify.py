@@ -14,7 +14,6 @@ Memory is bounded by AHEAD segments and the index of the extents that still coun
 from __future__ import annotations
 
 import asyncio
-from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -134,7 +133,7 @@ class _Checker:
         self._log = log
         self._stored_digest = stored_digest
         self._verified = verified
-        self._index: Index | None = Index()  # None once something is damaged
+        self._index: Index | None = Index(log)  # None once something is damaged
         self._cache = ChunkCache(ChunkSource(log))
 
     async def run(self) -> None:
@@ -253,13 +252,15 @@ class _Checker:
         """
         entry, places = found.table.descriptors[row], found.table.payload_places()
         disk, offset, length = int(entry["disk"]), int(entry["offset"]), int(entry["length"])
-        extents = index.lookup(disk, offset, length)
+        extents = await index.lookup(disk, offset, length)
         for painted_disk, columns in painted(found, places, 0, row):
             if painted_disk == disk:
                 extents = merge(extents, ExtentMap.from_table(*columns).lookup(offset, length))
         out = bytearray(length)
         place, size = int(places[row]), AUDIT_DIGEST_BYTES
-        await fill(self._cache, ChainMap({found.number: found}, index.segments), extents, offset, out)
+        named = [number for number in np.unique(extents.data().segment).tolist() if number != found.number]
+        segments = {found.number: found, **await index.segments.load(named)}
+        await fill(self._cache, segments, extents, offset, out)
         chunks = await self._cache.get(found, list(chunks_of(found.table, place, size)))
         self.report.audits += 1
         if xxhash.xxh3_128_digest(out) == bytes_from(found.table, chunks, place, size):

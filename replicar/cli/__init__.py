@@ -9,6 +9,9 @@ vault     `status`, `machines`, `protect`, `points`, `tag`
 protection  `move`
 recover   `recover`
 verify    `verify`
+circle    `drill`, `cleanup`, `failover`, `commit`, `cancel`, `failback`, `reprotect`, `disable`
+jobs      `jobs`: list, show, follow, cancel, drills
+following how a job is followed to its end
 """
 
 from replicar.cli.app import app, main

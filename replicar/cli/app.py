@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import export, mount, protection, recover, rescue, vault, verify
+from replicar.cli import circle, export, jobs, mount, protection, recover, rescue, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -48,6 +48,9 @@ for command in (
     rescue.rescue,
 ):
     app.command()(command)
+for step in circle.COMMANDS:
+    app.command()(step)
+app.add_typer(jobs.app)
 
 
 @app.command()

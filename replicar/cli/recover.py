@@ -12,9 +12,9 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
+from recovery.audits import Audited
 from recovery.chunks import ChunkSource
 from recovery.device import write_device
-from recovery.index import Audited
 from recovery.moments import format_moment
 from recovery.output import Written, write_qcow2_file, write_raw_file, write_vhd_blob, write_vhd_file
 from recovery.points import Request
@@ -112,7 +112,12 @@ def recover(
         loaded = load_settings(settings)
         async with open_machine(loaded, machine, vault_key_file=vault_key_file, machine_id=machine_id) as access:
             disks = Disks(tuple(disk or ()), every)
-            await recovered(telling, machine, access, request, disks, to, loaded.target(container), replace=replace)
+            where = loaded.target(container)
+            await recovered(
+                *(telling, machine, access, request, disks, to, where),
+                make_container=container is not None,
+                replace=replace,
+            )
 
     run(as_json, work)
 
@@ -134,13 +139,14 @@ async def recovered(
     to: tuple[str, str],
     container: StorageTarget,
     *,
+    make_container: bool,
     replace: bool,
 ) -> None:
     """Recover disks, and say what was written.
 
     Args:
         to: kind and name of the target, see `chosen_target`.
-        container: where blobs go.
+        container: where blobs go; it is made first if `make_container` says so.
     """
     began = time.monotonic()
     kind, target = to
@@ -150,13 +156,14 @@ async def recovered(
     names = disk_names(disks, target)
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_store(container)) if kind == "blob" else None
-        if store is not None:
+        if store is not None and make_container:
             await store.ensure_container()
         written = [
             await _write(telling, view, item, kind, name, store, replace)
             for item, name in zip(disks, names, strict=True)
         ]
-    _tell(telling, machine, access, view, written, kind, time.monotonic() - began)
+    audits = {item.name: await view.state.audited(item) for item in disks}
+    _tell(telling, machine, access, view, written, audits, kind, time.monotonic() - began)
 
 
 def chosen_target(**targets: str | None) -> tuple[str, str]:
@@ -185,10 +192,16 @@ async def _write(
 
 
 def _tell(
-    telling: Telling, machine: str, access: Access, view: View, written: list[Written], kind: str, seconds: float
+    telling: Telling,
+    machine: str,
+    access: Access,
+    view: View,
+    written: list[Written],
+    audits: dict[str, Audited],
+    kind: str,
+    seconds: float,
 ) -> None:
     place = view.state.place
-    audits = {item.name: view.state.audited.get(item.index, Audited()) for item in view.disks}
     data = {
         "machine": machine,
         "machine_id": str(access.log.machine_id),
@@ -204,19 +217,20 @@ def _tell(
         console.print(
             f"{machine} as it was after sequence {place.sequence}, {format_moment(place.time_ns)}", markup=False
         )
-        made = table("~disk", "~target", ">size", ">data", ">audited", ">oldest audit")
+        made = table("~disk", "~target", ">size", ">data", ">audited", ">still proven", ">oldest proof")
         for item in written:
-            share, age = _audited(audits[item.disk], view.disk(item.disk).size_bytes, place.time_ns)
-            row(made, item.disk, item.target, size(item.size_bytes), size(item.data_bytes), share, age)
+            shares = _audited(audits[item.disk], view.disk(item.disk).size_bytes, place.time_ns)
+            row(made, item.disk, item.target, size(item.size_bytes), size(item.data_bytes), *shares)
         console.print(made)
         console.print(f"in {duration(seconds)}")
 
     telling.result(data, show)
 
 
-def _audited(audited: Audited, size_bytes: int, time_ns: int) -> tuple[str, str]:
-    """The share of a disk that was audited before the point, and how long before it the oldest of these audits was."""
-    if audited.oldest_ns is None:
-        return "0 %", "-"
-    share = int(100 * audited.audited_bytes / size_bytes)
-    return f"{share} %", duration(max(time_ns - audited.oldest_ns, 0) / 1e9)
+def _audited(audited: Audited, size_bytes: int, time_ns: int) -> tuple[str, str, str]:
+    """The share of a disk that was audited before the point, the share that an audit still holds for, since nothing was
+    written there after it, and how long before the point the oldest of those was."""
+    seen, held = (f"{int(100 * count / size_bytes)} %" for count in (audited.audited_bytes, audited.proven_bytes))
+    if audited.oldest_proof_ns is None:
+        return seen, held, "-"
+    return seen, held, duration(max(time_ns - audited.oldest_proof_ns, 0) / 1e9)

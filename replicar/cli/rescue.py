@@ -92,7 +92,12 @@ def rescue(
                 return
             request, to = chosen_point(point, at, sequence, latest), chosen_target(**targets)
             disks = Disks(tuple(disk or ()), every)
-            await recovered(telling, name, access, request, disks, to, loaded.target(container), replace=replace)
+            where = loaded.target(container)
+            await recovered(
+                *(telling, name, access, request, disks, to, where),
+                make_container=container is not None,
+                replace=replace,
+            )
 
     run(as_json, work)
 

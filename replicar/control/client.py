@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import uuid
 from typing import TypeVar
-from urllib.parse import quote
 
 from replicar.clock import Clock, SystemClock
 from replicar.control.admission import RenewReply, RenewRequest, VaultInfo
+from replicar.control.caller import machine_path
 from replicar.control.identity import Identity, Role
+from replicar.control.job_calls import JobCalls, WorkerCalls
 from replicar.control.message import Message
 from replicar.control.messages import (
     MAX_WAIT_SECONDS,
@@ -40,7 +41,7 @@ from replicar.tls import client_context, reload_certificate, server_name
 _Reply = TypeVar("_Reply", bound=Message)
 
 
-class ControlClient:
+class ControlClient(JobCalls, WorkerCalls):
     """Typed access to the config server; use it as an asynchronous context manager.
 
     Every method raises what `Transport.request` raises: `TransientError` naming host and port when the server can't be
@@ -121,22 +122,24 @@ class ControlClient:
         return (await self._get("/machines", MachineList)).machines
 
     async def machine(self, name: str) -> MachineSummary:
-        return await self._get(_machine(name), MachineSummary)
+        return await self._get(machine_path(name), MachineSummary)
 
     async def protect(self, name: str) -> MachineSummary:
         """Assign the machine to the least loaded live process server; a machine that has one keeps it."""
-        return await self._post(f"{_machine(name)}/protect", None, MachineSummary)
+        return await self._post(f"{machine_path(name)}/protect", None, MachineSummary)
 
     async def move(self, name: str, process_server: str | None = None) -> MachineSummary:
         """Give the machine to another process server, the one named or the least loaded; raises its epoch."""
-        return await self._post(f"{_machine(name)}/move", MoveRequest(process_server=process_server), MachineSummary)
+        return await self._post(
+            f"{machine_path(name)}/move", MoveRequest(process_server=process_server), MachineSummary
+        )
 
     async def remove(self, name: str) -> MachineSummary:
         """Stop protecting the machine and refuse its certificate; what is in storage stays, and its key too."""
-        return await self._post(f"{_machine(name)}/remove", None, MachineSummary)
+        return await self._post(f"{machine_path(name)}/remove", None, MachineSummary)
 
     async def points(self, name: str) -> PointList:
-        return await self._get(f"{_machine(name)}/points", PointList)
+        return await self._get(f"{machine_path(name)}/points", PointList)
 
     async def mark(
         self,
@@ -162,7 +165,7 @@ class ControlClient:
             wait_seconds=wait_seconds,
         )
         query = {"wait": "stored"} if wait_stored else None
-        return await self._post(f"{_machine(name)}/marks", request, Point, query=query, wait_seconds=wait_seconds)
+        return await self._post(f"{machine_path(name)}/marks", request, Point, query=query, wait_seconds=wait_seconds)
 
     async def group(self, request: GroupRequest) -> GroupPoint:
         """Have one point made over several machines.
@@ -174,7 +177,7 @@ class ControlClient:
 
     async def key(self, name: str) -> MachineKey:
         """The machine's data key and where its log must reach; the config server keeps an audit of who asked."""
-        return await self._get(f"{_machine(name)}/key", MachineKey)
+        return await self._get(f"{machine_path(name)}/key", MachineKey)
 
     # --- below ---
 
@@ -182,25 +185,3 @@ class ControlClient:
         if getattr(heartbeat, "known_version", "") or not self._known_version:
             return heartbeat
         return heartbeat.model_copy(update={"known_version": self._known_version})
-
-    async def _get(self, path: str, reply: type[_Reply]) -> _Reply:
-        self.identity.check_dates(self._clock.now_ns())
-        return reply.from_json(await self._transport.request("GET", path))
-
-    async def _post(
-        self,
-        path: str,
-        message: Message | None,
-        reply: type[_Reply],
-        *,
-        query: dict[str, str] | None = None,
-        wait_seconds: float = 0.0,
-    ) -> _Reply:
-        self.identity.check_dates(self._clock.now_ns())
-        body = message.to_json() if message is not None else b""
-        data = await self._transport.request("POST", path, body=body, query=query, wait_seconds=wait_seconds)
-        return reply.from_json(data)
-
-
-def _machine(name: str) -> str:
-    return f"/machines/{quote(name, safe='')}"

@@ -40,7 +40,7 @@ from replicar.errors import PermanentError
 
 NONCE_BYTES: Final = 16
 #: Who may come this way; operators and the config server get their identities where the vault is.
-ENROLLING_ROLES: Final = (Role.MACHINE, Role.PROCESS_SERVER)
+ENROLLING_ROLES: Final = (Role.MACHINE, Role.PROCESS_SERVER, Role.RECOVERY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ async def enrol(
     Args:
         config_server: `host:port`; also what the identity remembers.
         name: what the operator calls it; a name that is known already is enrolled again.
-        registration_key: for process servers.
+        registration_key: for process servers and recovery workers.
 
     Raises:
         PermanentError: a wrong passphrase, an expired key, a clock that is off, a server that can't prove itself...
@@ -130,9 +130,9 @@ async def enrol(
     """
     if role not in ENROLLING_ROLES:
         raise PermanentError(f"a {role} is not enrolled over the network", hint="use `config-server operator` instead")
-    if role is Role.PROCESS_SERVER and registration_key is None:
+    if role is not Role.MACHINE and registration_key is None:
         raise PermanentError(
-            "a process server needs a registration key",
+            f"a {'recovery worker' if role is Role.RECOVERY else 'process server'} needs a registration key",
             hint="make one where the vault is: `config-server registration-key`",
         )
     clock = clock or SystemClock()

@@ -52,7 +52,10 @@ class Role(StrEnum):
     MACHINE = "machine"
     PROCESS_SERVER = "process-server"
     CONFIG_SERVER = "config-server"
+    RECOVERY = "recovery"
+    READER = "reader"
     OPERATOR = "operator"
+    ADMIN = "admin"
 
 
 def dns_name(party_id: uuid.UUID, role: Role) -> str:

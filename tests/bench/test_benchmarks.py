@@ -67,7 +67,7 @@ def test_the_datapath_moves_everything_into_the_sink_and_is_compared_with_the_li
 def test_without_a_name_they_are_listed_one_line_each() -> None:
     done = _bench()
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["limit", "datapath", "capture"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["limit", "datapath", "capture", "churn"]
 
 
 def test_without_json_there_is_a_table_for_people(tmp_path: Path) -> None:
@@ -105,4 +105,16 @@ def test_capture_is_measured_beside_a_server_that_logs_nothing(tmp_path: Path) -
             assert 0.02 < report[f"{load}_ratio"] < 20
         assert report["trace_lost"] == 0
         assert report["trace_events"] > 500
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_churn_says_how_old_the_oldest_change_became_that_was_not_stored(tmp_path: Path) -> None:
+    need("fio")
+    rate = ["--mb-per-s", "2", "--seconds", "2", "--step-seconds", "0", "--disk-mib", "64"]
+    report = _report("churn", "--json", *rate, "--directory", str(tmp_path))
+    assert report["written_mb_per_s"] == pytest.approx(2, rel=0.2)
+    assert 0 < report["rpo_seconds_p50"] <= report["rpo_seconds_p99"] <= report["rpo_seconds_max"]
+    assert report["rpo_samples"] >= 100
+    assert report["churn_mb_per_s_max"] == report["written_mb_per_s"]
+    assert report["steps"] == []
     assert list(tmp_path.iterdir()) == []

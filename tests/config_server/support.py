@@ -62,7 +62,7 @@ class House:
         self, directory: Path, name: str, role: Role = Role.MACHINE, *, clock: SetClock | None = None
     ) -> Identity:
         """A part enrolled as it should be."""
-        key = RegistrationKey.load(self.directory / REGISTRATION_FILE) if role is Role.PROCESS_SERVER else None
+        key = RegistrationKey.load(self.directory / REGISTRATION_FILE) if role is not Role.MACHINE else None
         return await enrol(
             config_server=self.address,
             role=role,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from config_server import parties, points, registry
+from config_server import lives, parties, points, registry
 from config_server.registry import Registry, RegistryThread
 from config_server.vault import Vault, new_passphrase
 from replicar.control.identity import MAX_INCARNATION, Role
-from replicar.control.messages import GapReport, MarkReport
+from replicar.control.messages import GapReport, LifeState, MarkReport
 from replicar.errors import CorruptionError, LimitError, PermanentError, TransientError
 
 
@@ -48,7 +48,8 @@ def test_a_registry_of_the_first_version_is_taken_over_with_what_it_counted(tmp_
     for column in ("counted_since", "counted_received", "counted_stored"):
         opened.connection.execute(f"ALTER TABLE machines DROP COLUMN {column}")
     opened.connection.execute("ALTER TABLE marks DROP COLUMN pause_seconds")
-    opened.connection.execute("DROP TABLE group_points")
+    for table in ("group_points", "jobs", "drills", "lives", "recovery_workers"):
+        opened.connection.execute(f"DROP TABLE {table}")
     opened.connection.execute("PRAGMA user_version = 1")
     opened.close()
     for _ in range(2):
@@ -58,6 +59,23 @@ def test_a_registry_of_the_first_version_is_taken_over_with_what_it_counted(tmp_
         assert (row["bytes_received"], row["counted_received"]) == (700, 700)
         assert (row["bytes_stored"], row["counted_stored"], row["counted_since"]) == (300, 300, "")
         opened.close()
+
+
+def test_machines_that_were_protected_before_there_were_lives_still_are(tmp_path: Path) -> None:
+    opened = Registry(tmp_path / "r.sqlite")
+    ids = [opened.run(partial(parties.admit, role=Role.MACHINE, name=name, now_ns=1)).id for name in ("db1", "db2")]
+    server = opened.run(lambda c: parties.admit(c, Role.PROCESS_SERVER, "ps1", 1))
+    opened.run(
+        lambda c: c.execute("UPDATE machines SET process_server_id = ? WHERE id = ?", (str(server.id), str(ids[0])))
+    )
+    for table in ("jobs", "drills", "lives", "recovery_workers"):
+        opened.connection.execute(f"DROP TABLE {table}")
+    opened.connection.execute("PRAGMA user_version = 4")
+    opened.close()
+    opened = Registry(tmp_path / "r.sqlite")
+    states = [opened.run(partial(lives.stored, machine_id=machine_id)).state for machine_id in ids]
+    assert states == [LifeState.PROTECTED, LifeState.UNPROTECTED]
+    opened.close()
 
 
 def test_a_file_that_is_no_registry_is_corruption_with_its_path(tmp_path: Path) -> None:

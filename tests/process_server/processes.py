@@ -8,7 +8,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +34,12 @@ COMMAND = [sys.executable, "-m", "process_server.cli"]
 
 @dataclass
 class Server:
-    """A process server in a process of its own."""
+    """A process server in a process of its own; `command` is what starts it, before `run`."""
 
     directory: Path
     storage: dict[str, Any]
     extra: dict[str, Any] = field(default_factory=dict)
+    command: Sequence[str | Path] = field(default_factory=lambda: [*COMMAND])
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -82,13 +83,18 @@ class Server:
         lines += ["[storage]", *(f"{name} = {json.dumps(value)}" for name, value in self.storage.items())]
         self.settings_file.write_text("\n".join(lines) + "\n")
 
-    async def start(self) -> None:
+    async def launch(self) -> None:
+        """Start the process, and wait for nothing."""
         (self.directory / "port").unlink(missing_ok=True)
         self.write_settings()
         with (self.directory / "log.txt").open("ab") as log:
             self.process = await asyncio.to_thread(
-                subprocess.Popen, [*COMMAND, "run", "--settings", str(self.settings_file)], stderr=log
+                subprocess.Popen, [*self.command, "run", "--settings", str(self.settings_file)], stderr=log
             )
+
+    async def start(self) -> None:
+        await self.launch()
+        assert self.process is not None
         while not (self.directory / "port").exists():
             assert self.process.poll() is None, self.log
             await asyncio.sleep(0.02)
@@ -153,8 +159,21 @@ def container(azurite: Azurite, name: str) -> BlobServiceClient:
 
 
 @asynccontextmanager
-async def world(azurite: Azurite, container_name: str, key_file: Path, tmp_path: Path) -> AsyncIterator[World]:
-    """A vault, a process server of it that runs, and one protected machine."""
+async def world(
+    azurite: Azurite,
+    container_name: str,
+    key_file: Path,
+    tmp_path: Path,
+    *,
+    through: Mapping[str, str] | None = None,
+    seconds: float = STORY_SECONDS,
+) -> AsyncIterator[World]:
+    """A vault, a process server of it that runs, and one protected machine.
+
+    Args:
+        through: storage settings of the process server alone, where it is to reach Azurite by another way.
+        seconds: for the whole story.
+    """
     vault = tmp_path / "vault"
     found_vault(vault, "test", address="127.0.0.1:1", listen="127.0.0.1", port=0, clock=SetClock())
     storage = {
@@ -164,8 +183,8 @@ async def world(azurite: Azurite, container_name: str, key_file: Path, tmp_path:
         "authority_file": str(azurite.authority_file),
         "container": container_name,
     }
-    async with asyncio.timeout(STORY_SECONDS), running(vault, SetClock()) as house:
-        server = Server(tmp_path / "ps", storage)
+    async with asyncio.timeout(seconds), running(vault, SetClock()) as house:
+        server = Server(tmp_path / "ps", storage | dict(through or {}))
         identity = await house.enrol(server.directory, "ps1", Role.PROCESS_SERVER)
         machine = await house.enrol(tmp_path / "m1", "m1")
         await server.start()

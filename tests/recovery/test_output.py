@@ -70,7 +70,7 @@ async def test_a_raw_file_is_the_disk_and_keeps_its_holes(built: LogBuilder, tmp
     assert path.stat().st_blocks * 512 < DISK // 2
     assert path.stat().st_mode & 0o777 == 0o600
     assert seen[0][0] == 0
-    assert seen[-1] == (view.data_bytes(view.disks[0]),) * 2
+    assert seen[-1] == (await view.data_bytes(view.disks[0]),) * 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["disk.raw"]
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints
 
 from replicar.control.message import Count, Digest, ErrorReport, Message, Name, Seconds, Text
 from replicar.control.messages.agent import AuditReport, DiskReport, GapReport
+from replicar.control.messages.jobs import LifeState
 from replicar.control.messages.limits import MAX_OPERATOR_WAIT_SECONDS, MAX_WAIT_SECONDS
 from replicar.control.messages.server import WithDataKey
 from replicar.formats.record import Consistency
@@ -17,8 +18,9 @@ from replicar.formats.record import Consistency
 class MachineSummary(Message):
     """A machine as the registry knows it. `last_heartbeat_ns` is None before the first one.
 
-    `errors`: what is in the way of storing what changes on it, by whom it was reported; `storing` is False while a
-    machine that is protected has any.
+    `state` is what its agent says; `life` is where it is in the operator's circle, since `life_since_ns` where a job
+    decided that. `errors`: what is in the way of storing what changes on it, by whom it was reported; `storing` is
+    False while a machine that is protected has any.
     """
 
     id: uuid.UUID
@@ -48,6 +50,8 @@ class MachineSummary(Message):
     journal_full_seconds: Seconds | None = None
     copy_remaining_seconds: Seconds | None = None
     capture: Text = ""
+    life: LifeState = LifeState.UNPROTECTED
+    life_since_ns: Count = 0
 
     @property
     def seed_done_bytes(self) -> int:

@@ -1,0 +1,35 @@
+"""The registry's tables of the operator's circle: lives, jobs, drills, recovery workers."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Each a statement; new registries have them from the beginning, older ones get them by a step.
+TABLES: Final = (
+    # a machine's stored state (see `lifecycle`), since when; when it last left plain replication; and, while a job
+    # holds its stream, the process server that it was taken from
+    "CREATE TABLE lives ("
+    " machine_id TEXT PRIMARY KEY REFERENCES machines (id), state TEXT NOT NULL, since_ns INTEGER NOT NULL,"
+    " left_ns INTEGER, held INTEGER NOT NULL DEFAULT 0, held_server_id TEXT) STRICT",
+    # a job (JSON), and what it is found by: `due_ns` is when a worker may claim it (the end of a lease, or of a pause)
+    "CREATE TABLE jobs ("
+    " number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, machine_id TEXT NOT NULL REFERENCES machines (id),"
+    " kind TEXT NOT NULL, state TEXT NOT NULL, job TEXT NOT NULL, state_before TEXT NOT NULL,"
+    " worker_id TEXT, due_ns INTEGER NOT NULL, ended_ns INTEGER) STRICT",
+    "CREATE INDEX jobs_of ON jobs (machine_id, number)",
+    "CREATE INDEX jobs_going ON jobs (machine_id) WHERE ended_ns IS NULL",
+    # drills that count (JSON)
+    "CREATE TABLE drills ("
+    " job_id TEXT PRIMARY KEY, machine_id TEXT NOT NULL REFERENCES machines (id), ended_ns INTEGER NOT NULL,"
+    " drill TEXT NOT NULL) STRICT",
+    "CREATE INDEX drills_of ON drills (machine_id, ended_ns)",
+    # recovery workers: when they last asked for work or reported, and what kinds they do (JSON)
+    "CREATE TABLE recovery_workers ("
+    " party_id TEXT NOT NULL, instance TEXT NOT NULL, heartbeat_ns INTEGER NOT NULL, kinds TEXT NOT NULL,"
+    " PRIMARY KEY (party_id, instance)) STRICT, WITHOUT ROWID",
+)
+#: What was protected before there were lives goes on as it is.
+TAKE_OVER: Final = (
+    "INSERT INTO lives (machine_id, state, since_ns)"
+    " SELECT id, 'protected', 0 FROM machines WHERE process_server_id IS NOT NULL"
+)
