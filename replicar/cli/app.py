@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import circle, export, jobs, mount, protection, recover, rescue, vault, verify
+from replicar.cli import circle, export, jobs, keys, mount, protection, recover, rescue, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ for command in (
     vault.machines,
     vault.protect,
     protection.move,
+    protection.remove,
     vault.points,
     vault.tag,
     recover.recover,
@@ -46,6 +47,8 @@ for command in (
     mount.unmount,
     verify.verify,
     rescue.rescue,
+    keys.rotate_key,
+    keys.rewrap,
 ):
     app.command()(command)
 for step in circle.COMMANDS:

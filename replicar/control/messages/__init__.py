@@ -73,6 +73,7 @@ from replicar.control.messages.limits import (
     MachineState,
 )
 from replicar.control.messages.operator import (
+    DestroyRequest,
     GroupMember,
     GroupPoint,
     GroupRequest,
@@ -87,6 +88,7 @@ from replicar.control.messages.operator import (
     VaultStatus,
 )
 from replicar.control.messages.server import (
+    FormerKey,
     MachineProgress,
     MachineTrouble,
     ProcessServerAssignment,
@@ -121,9 +123,11 @@ __all__ = [
     "ClaimedMachine",
     "Command",
     "CommandRefusal",
+    "DestroyRequest",
     "DiskReport",
     "Drill",
     "DrillList",
+    "FormerKey",
     "GapReport",
     "GroupMember",
     "GroupPoint",
