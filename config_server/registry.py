@@ -23,7 +23,7 @@ from typing import Final, TypeVar
 from config_server import schema_circle as circle
 from replicar.errors import CorruptionError, PermanentError, TransientError
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 BUSY_SECONDS: Final = 5.0
 #: Transactions waiting for the writer; at some 2,000 a second that is half a second of work.
 MAX_WAITING: Final = 1024
@@ -104,6 +104,7 @@ _STEPS: Final = {
     3: ("ALTER TABLE marks ADD COLUMN pause_seconds REAL",),
     4: ("CREATE TABLE group_points (id TEXT PRIMARY KEY, point TEXT NOT NULL, created_ns INTEGER NOT NULL) STRICT",),
     5: (*circle.TABLES, circle.TAKE_OVER),
+    6: circle.ARRANGEMENTS,
 }
 
 _T = TypeVar("_T")
@@ -138,7 +139,11 @@ class Registry:
                 hint="run the version of config-server that wrote it, or a newer one",
             )
         if version < SCHEMA_VERSION:
-            statements = [*_SCHEMA.split(";\n"), *circle.TABLES]  # not a script, which would end the transaction
+            statements = [
+                *_SCHEMA.split(";\n"),
+                *circle.TABLES,
+                *circle.ARRANGEMENTS,
+            ]  # not a script, which would end the transaction
             if version:
                 statements = [each for step in range(version, SCHEMA_VERSION) for each in _STEPS[step + 1]]
             for statement in statements:

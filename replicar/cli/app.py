@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import circle, export, jobs, protection, recover, vault, verify
+from replicar.cli import arrangements, circle, export, jobs, protection, recover, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -47,7 +47,9 @@ for command in (
     app.command()(command)
 for step in circle.COMMANDS:
     app.command()(step)
-app.add_typer(jobs.app)
+app.command()(arrangements.alerts)
+for group in (jobs.app, arrangements.policy_app, arrangements.target_app):
+    app.add_typer(group)
 
 
 @app.command()
