@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from importlib import metadata
 from typing import Final
 
-from config_server import groups, machines, overview, parties, placement, points
+from config_server import data_keys, groups, machines, overview, parties, placement, points
 from config_server.api import Call, Context, Route, hold
 from config_server.bells import Bells, Topic
 from config_server.jobs import opening
 from config_server.placement import Move
 from config_server.rights import KEYS, OPERATORS, PEOPLE, READERS
 from replicar.control.messages import (
+    DestroyRequest,
     GroupPoint,
     GroupRequest,
     MachineKey,
@@ -115,6 +116,44 @@ async def post_remove(context: Context, call: Call) -> MachineSummary:
     if server_id is not None:
         context.bells.ring(Topic.INSTRUCTIONS, server_id)
     context.bells.ring(Topic.INSTRUCTIONS, summary.id)
+    return summary
+
+
+async def post_destroy_keys(context: Context, call: Call) -> MachineSummary:
+    """Destroy the keys of a removed machine, for good; who asks has to name it twice."""
+    name, request, now_ns = call.names["name"], DestroyRequest.from_json(call.body), context.clock.now_ns()
+    if request.confirm != name:
+        raise PermanentError(
+            f"the keys of machine {name} are not destroyed: {request.confirm!r} is another name",
+            hint="confirm with the machine's own name",
+            status=400,
+            machine=name,
+        )
+
+    def change(connection: sqlite3.Connection) -> MachineSummary:
+        machine = parties.machine_named(connection, name)
+        data_keys.destroy(connection, machine, now_ns)
+        parties.audit(connection, call.asking().id, "destroy-keys", f"machine {name}", now_ns)
+        return overview.summary(connection, machine.id, now_ns, context.troubles)
+
+    summary = await context.registry.run(change)
+    await context.registry.checkpoint()
+    return summary
+
+
+async def post_rotate_key(context: Context, call: Call) -> MachineSummary:
+    name, now_ns = call.names["name"], context.clock.now_ns()
+
+    def change(connection: sqlite3.Connection) -> tuple[uuid.UUID | None, MachineSummary]:
+        machine = parties.machine_named(connection, name)
+        data_keys.rotate(connection, context.vault, machine, now_ns)
+        parties.audit(connection, call.asking().id, "rotate-key", f"machine {name}", now_ns)
+        summary = overview.summary(connection, machine.id, now_ns, context.troubles)
+        return machines.server_of(connection, machine.id), summary
+
+    server_id, summary = await context.registry.run(change)
+    if server_id is not None:
+        context.bells.ring(Topic.INSTRUCTIONS, server_id)
     return summary
 
 
@@ -240,6 +279,8 @@ ROUTES: Final[tuple[Route, ...]] = tuple(
         ("POST", "/machines/{name}/protect", post_protect, OPERATORS),
         ("POST", "/machines/{name}/move", post_move, OPERATORS),
         ("POST", "/machines/{name}/remove", post_remove, OPERATORS),
+        ("POST", "/machines/{name}/destroy-keys", post_destroy_keys, OPERATORS),
+        ("POST", "/machines/{name}/rotate-key", post_rotate_key, OPERATORS),
         ("GET", "/machines/{name}/points", get_points, READERS),
         ("GET", "/machines/{name}/key", get_key, KEYS),
         ("POST", "/machines/{name}/marks", post_mark, OPERATORS),

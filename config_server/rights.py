@@ -6,8 +6,8 @@ from typing import Final
 
 from replicar.control.identity import Role
 
-#: Look at everything but keys.
-PEOPLE: Final = frozenset({Role.READER, Role.OPERATOR, Role.ADMIN})
+#: Look at everything but keys; auditors see those as well, since they verify what is stored.
+PEOPLE: Final = frozenset({Role.READER, Role.AUDITOR, Role.OPERATOR, Role.ADMIN})
 #: The same, and what recovery workers look at for their work.
 READERS: Final = PEOPLE | {Role.RECOVERY}
 #: Change things.
@@ -17,4 +17,4 @@ ADMINS: Final = frozenset({Role.ADMIN})
 #: Carry out jobs; an operator's command may do a worker's work itself, on a host that has none.
 WORKERS: Final = OPERATORS | {Role.RECOVERY}
 #: Are given machines' keys; who was is audited.
-KEYS: Final = OPERATORS | {Role.RECOVERY}
+KEYS: Final = OPERATORS | {Role.RECOVERY, Role.AUDITOR}

@@ -14,11 +14,12 @@ import os
 import ssl
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 
-from config_server import parties, routes
+from config_server import data_keys, parties, routes
 from config_server.api import Context, application
 from config_server.bells import Bells
 from config_server.registry import RegistryThread
@@ -62,9 +63,10 @@ class ConfigServer:
             PermanentError: the port is taken or not allowed, or another server has the vault.
         """
         async with AsyncExitStack() as stack:
-            descriptor = _lock(self._settings)
+            descriptor = lock(self._settings.directory)
             stack.callback(os.close, descriptor)
             await stack.enter_async_context(self.registry)
+            await self.registry.run(lambda connection: data_keys.wrap_anew(connection, self.vault))
             await self.renew_certificate()
             self._tls = server_context(self._identity, require_client=False)
             context = Context(
@@ -157,17 +159,22 @@ async def run(settings: Settings, clock: Clock, stop: asyncio.Event, ready: Call
             raise errors.exceptions[0] from None
 
 
-def _lock(settings: Settings) -> int:
-    path = settings.directory / LOCK_FILE
+def lock(directory: Path) -> int:
+    """Take the vault's lock, which is held until the descriptor is closed.
+
+    Raises:
+        PermanentError: a config server runs on the vault.
+    """
+    path = directory / LOCK_FILE
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         raise PermanentError(
-            f"another config server runs on the vault in {settings.directory}",
+            f"another config server runs on the vault in {directory}",
             hint="stop that one first, or use another vault's directory",
-            path=str(settings.directory),
+            path=str(directory),
         ) from None
     return descriptor
 

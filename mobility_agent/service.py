@@ -86,12 +86,20 @@ class Service:
         Raises:
             ReplicarError: it can't begin, or its disks or change log failed.
         """
-        with StateDirectory(self._settings.directory) as state:
-            async with (
-                open_core(self._settings, state, self._clock) as core,
-                ControlClient(core.identity, clock=self._clock) as client,
-            ):
-                await self._serve(core, client, stop)
+        try:
+            with StateDirectory(self._settings.directory) as state:
+                async with (
+                    open_core(self._settings, state, self._clock) as core,
+                    ControlClient(core.identity, clock=self._clock) as client,
+                ):
+                    await self._serve(core, client, stop)
+        except OSError as error:
+            raise PermanentError(
+                f"the agent can't go on without its files: {error.strerror or error}"
+                f"{f' ({error.filename})' if error.filename else ''}",
+                hint="look at the space and the health of the disk under its directory, and at the kernel's log",
+                path=str(error.filename or self._settings.directory),
+            ) from error
 
     async def _serve(self, core: Core, client: ControlClient, stop: asyncio.Event) -> None:
         settings, clock = self._settings, self._clock

@@ -68,6 +68,14 @@ class Place:
 
 
 @dataclass(slots=True)
+class Claim:
+    """The last run of an epoch that a writer began or tried to: one behind it is somebody else's, and newer."""
+
+    epoch: int
+    run: int = 0
+
+
+@dataclass(slots=True)
 class _Stripe:
     name: BlobName
     lease_id: str
@@ -81,9 +89,11 @@ class _Stripe:
 class LogWriter:
     """One writer's hold of a machine's log; `open` takes it. `tail` is where the log ended when this run began."""
 
-    def __init__(self, store: PageBlobStore, writer: Writer, limits: LogLimits, clock: Clock) -> None:
+    def __init__(
+        self, store: PageBlobStore, writer: Writer, limits: LogLimits, clock: Clock, claim: Claim | None = None
+    ) -> None:
         self.tail = Tail()
-        self.run = 0
+        self._claim = claim if claim is not None and claim.epoch == writer.epoch else Claim(writer.epoch)
         self._store = store
         self._writer = writer
         self._limits = limits
@@ -102,11 +112,13 @@ class LogWriter:
         keys: Mapping[int, bytes],
         stored: Stored = Stored(),  # noqa: B008 - a value that nobody can change
         accept: Callable[[Tail], None] = lambda _: None,
+        claim: Claim | None = None,
     ) -> LogWriter:
         """Take the log over.
 
         Args:
             keys: all data keys of the machine, for reading what is there.
+            claim: what this very writer claimed before, should it open the log again.
             stored: what is known to be in storage.
             accept: told where the log ends; raises when that can't be. Nothing is replaced then: a blob that is missing
                 today may be brought back tomorrow.
@@ -116,7 +128,7 @@ class LogWriter:
             CorruptionError: what is there contradicts itself before its end, or what is known to be stored is damaged.
             PermanentError, TransientError: storage.
         """
-        log = cls(store, writer, limits, clock)
+        log = cls(store, writer, limits, clock, claim)
         blobs = await log._blobs()
         log._refuse_newer(blobs)
         log.run = 1 + max((name.run for name, _ in blobs if name.epoch == writer.epoch), default=0)
@@ -130,6 +142,15 @@ class LogWriter:
             await log._discard()
             raise
         return log
+
+    @property
+    def run(self) -> int:
+        """The last run of the epoch that this writer began, or tried to."""
+        return self._claim.run
+
+    @run.setter
+    def run(self, number: int) -> None:
+        self._claim.run = number
 
     def reserve(self) -> bool:
         """Count on room for one more segment in this run; False when it is full and `roll` is due."""

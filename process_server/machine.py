@@ -24,20 +24,14 @@ from process_server.admission import admit
 from process_server.cache import CacheFile, SlotHeader
 from process_server.commit import Committer
 from process_server.health import Counters, MachineHealth, error_data
-from process_server.logwriter import LogLimits, LogWriter, Writer
+from process_server.logwriter import Claim, LogLimits, LogWriter, Writer
 from process_server.pipeline import CacheDamage, Pipeline
 from process_server.recovery import take_up
 from process_server.sealer import DEFAULT_UPLOADS, SEALED_AHEAD, Sealer
 from process_server.slots import Slots
 from process_server.stream import LOST_LOG_HINT, Cutting, Slot, Stream
 from replicar.clock import Clock
-from replicar.errors import (
-    ConflictError,
-    CorruptionError,
-    FencedError,
-    ReplicarError,
-    TransientError,
-)
+from replicar.errors import ConflictError, CorruptionError, FencedError, ReplicarError, TransientError
 from replicar.formats.wire import Hello, Welcome
 from replicar.log.reader import Tail
 from replicar.log.tail import Stored
@@ -60,12 +54,16 @@ class MachineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A machine that this server serves. `stored` is what the config server knows; news of it change no assignment."""
+    """A machine that this server serves. `stored` is what the config server knows; news of it change no assignment.
+
+    `former_keys`: data keys by id that older segments were sealed by; they change with the writer's only.
+    """
 
     name: str
     writer: Writer
     incarnation: int = 0
     stored: Stored = field(default=Stored(), compare=False)
+    former_keys: Mapping[int, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def machine_id(self) -> uuid.UUID:
@@ -140,6 +138,7 @@ class Machine:
         self._hello: Hello | None = None  # of an agent that waits for its WELCOME
         self._pipeline: Pipeline | None = None
         self._log: LogWriter | None = None
+        self._claim = Claim(assignment.writer.epoch)
         self._leftovers = leftovers or []
         self._damage: CacheDamage | None = None
         self._stored = _further(stored, assignment.stored)
@@ -273,9 +272,10 @@ class Machine:
             writer,
             shop.tuning.log,
             shop.clock,
-            keys={writer.key_id: writer.data_key},
+            keys={**self.assignment.former_keys, writer.key_id: writer.data_key},
             stored=self._known(),
             accept=self._accept,
+            claim=self._claim,
         )
         self._log = log
         if self.stream is None:

@@ -121,7 +121,12 @@ def protect(
 
 
 def remove(connection: sqlite3.Connection, machine: Party, now_ns: int) -> None:
-    """End a machine's protection and refuse it; its key and points stay, so that what is stored can be recovered."""
+    """End a machine's protection and refuse it; its keys and points stay, so that what is stored can be recovered.
+
+    Its epoch rises, so that a process server that does not hear of it can be shut out (see `replicar.log.headers`).
+    """
+    if machine.removed_ns is None:
+        connection.execute("UPDATE machines SET epoch = epoch + 1 WHERE id = ?", (str(machine.id),))
     _end_waiting(connection, machine.id, now_ns)
     lives.withdraw(connection, machine.id)
     lives.move(connection, machine.id, LifeState.DISABLED, now_ns)

@@ -6,7 +6,8 @@ console   how results, progress and errors are told, to people and to machines
 access    a machine's log and what opens it, from the config server or from the vault's key
 overview  how a vault, its machines and their points look on a terminal
 vault     `status`, `machines`, `protect`, `points`, `tag`
-protection  `move`
+protection  `move`, `remove`
+keys      `rotate-key`, `rewrap`
 recover   `recover`
 verify    `verify`
 circle    `drill`, `cleanup`, `failover`, `commit`, `cancel`, `failback`, `reprotect`, `disable`

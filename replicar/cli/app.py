@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import arrangements, circle, export, jobs, protection, recover, vault, verify
+from replicar.cli import arrangements, circle, export, jobs, keys, protection, recover, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -38,11 +38,14 @@ for command in (
     vault.machines,
     vault.protect,
     protection.move,
+    protection.remove,
     vault.points,
     vault.tag,
     recover.recover,
     export.export,
     verify.verify,
+    keys.rotate_key,
+    keys.rewrap,
 ):
     app.command()(command)
 for step in circle.COMMANDS:

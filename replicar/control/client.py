@@ -21,6 +21,7 @@ from replicar.control.messages import (
     MAX_WAIT_SECONDS,
     AgentHeartbeat,
     AgentInstructions,
+    DestroyRequest,
     GroupPoint,
     GroupRequest,
     MachineKey,
@@ -140,6 +141,14 @@ class ControlClient(JobCalls, WorkerCalls, PolicyCalls):
     async def remove(self, name: str) -> MachineSummary:
         """Stop protecting the machine and refuse its certificate; what is in storage stays, and its key too."""
         return await self._post(f"{machine_path(name)}/remove", None, MachineSummary)
+
+    async def destroy_keys(self, name: str) -> MachineSummary:
+        """Destroy the keys of a removed machine, for good: nobody can read any more what they sealed."""
+        return await self._post(f"{machine_path(name)}/destroy-keys", DestroyRequest(confirm=name), MachineSummary)
+
+    async def rotate_key(self, name: str) -> MachineSummary:
+        """Give the machine a new data key for what is sealed from now on; the former ones are kept."""
+        return await self._post(f"{machine_path(name)}/rotate-key", None, MachineSummary)
 
     async def points(self, name: str) -> PointList:
         return await self._get(f"{machine_path(name)}/points", PointList)

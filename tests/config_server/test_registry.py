@@ -51,8 +51,9 @@ def test_a_registry_of_the_first_version_is_taken_over_with_what_it_counted(tmp_
     for column in ("counted_since", "counted_received", "counted_stored"):
         opened.connection.execute(f"ALTER TABLE machines DROP COLUMN {column}")
     opened.connection.execute("ALTER TABLE marks DROP COLUMN pause_seconds")
-    for table in ("group_points", *CIRCLE):
+    for table in ("group_points", *CIRCLE, "former_keys"):
         opened.connection.execute(f"DROP TABLE {table}")
+    opened.connection.execute("ALTER TABLE machines DROP COLUMN destroyed_ns")
     opened.connection.execute("PRAGMA user_version = 1")
     opened.close()
     for _ in range(2):
@@ -71,8 +72,9 @@ def test_machines_that_were_protected_before_there_were_lives_still_are(tmp_path
     opened.run(
         lambda c: c.execute("UPDATE machines SET process_server_id = ? WHERE id = ?", (str(server.id), str(ids[0])))
     )
-    for table in CIRCLE:
+    for table in (*CIRCLE, "former_keys"):
         opened.connection.execute(f"DROP TABLE {table}")
+    opened.connection.execute("ALTER TABLE machines DROP COLUMN destroyed_ns")
     opened.connection.execute("PRAGMA user_version = 4")
     opened.close()
     opened = Registry(tmp_path / "r.sqlite")

@@ -226,3 +226,16 @@ async def test_a_log_that_lost_what_was_stored_is_refused_until_it_is_brought_ba
         store.hidden = False
         await sending
     assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything
+
+
+async def test_a_lease_that_somebody_broke_by_hand_costs_a_new_run_and_no_more(site: Site) -> None:
+    store = memory_store()
+    async with asyncio.timeout(STORY_SECONDS), running(site, store) as server:
+        agent = site.agent(server.port)
+        agent.begin()
+        await agent.run(until_stored=agent.fill(5))
+        for found in await store.list(""):
+            await store.break_lease(found.name)
+        await agent.run(until_stored=agent.fill(5))
+        assert server.machine(agent.machine_id).state is MachineState.RUNNING
+    assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything

@@ -73,6 +73,7 @@ from replicar.control.messages.limits import (
     MachineState,
 )
 from replicar.control.messages.operator import (
+    DestroyRequest,
     GroupMember,
     GroupPoint,
     GroupRequest,
@@ -103,6 +104,7 @@ from replicar.control.messages.policy import (
     TargetSettings,
 )
 from replicar.control.messages.server import (
+    FormerKey,
     MachineProgress,
     MachineTrouble,
     ProcessServerAssignment,
@@ -143,9 +145,11 @@ __all__ = [
     "ClaimedMachine",
     "Command",
     "CommandRefusal",
+    "DestroyRequest",
     "DiskReport",
     "Drill",
     "DrillList",
+    "FormerKey",
     "GapReport",
     "GroupMember",
     "GroupPoint",
