@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from replicar.clock import Clock
-from replicar.errors import ConflictError, FencedError, PermanentError, ReplicarError
+from replicar.errors import ConflictError, FencedError, PermanentError, ReplicarError, TransientError
 from replicar.formats import logblob, segment
 from replicar.formats.logblob import BlobHeader, BlobName
 from replicar.log.reader import LogReader, Tail
@@ -275,3 +275,15 @@ class LogWriter:
 
     def _empty_room(self) -> int:
         return (self._limits.blob_bytes - logblob.HEADER_BYTES) // segment.MAX_SEGMENT_BYTES
+
+
+def lease_lost(error: FencedError) -> ReplicarError:
+    """What the log's writer was fenced by: a newer writer was seen (`error` itself), or storage refuses our lease. That
+    may mean a newer one too, or somebody who broke leases by hand: opening the log again tells."""
+    if "code" not in error.fields:
+        return error
+    return TransientError(
+        f"{error.message}; the log is opened again, unless somebody newer has it",
+        hint="nothing to do if this passes by itself",
+        **error.fields,
+    )

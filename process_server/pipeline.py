@@ -25,7 +25,7 @@ from process_server.sealer import Frames, Sealer
 from process_server.slots import Slots
 from process_server.stream import Segment, Stream
 from replicar.clock import Clock
-from replicar.errors import CorruptionError, FencedError, ReplicarError, TransientError
+from replicar.errors import CorruptionError, ReplicarError, TransientError
 from replicar.formats import segment
 from replicar.formats.segment import Position, SealedChunks
 from replicar.log.reader import Tail
@@ -96,8 +96,7 @@ class Pipeline:
         self._news.set()
 
     async def run(self) -> None:
-        """Work until cancelled, or until something other than a TransientError of storage stands in the way; raises
-        that, or a TransientError if it was fenced: the log has to be opened again to know by whom."""
+        """Work until cancelled, or until something other than a TransientError stands in the way; raises that."""
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
@@ -105,7 +104,7 @@ class Pipeline:
                         await self._start(group)
                     await self._sleep()
         except BaseExceptionGroup as errors:
-            raise _lease_lost(first_error(errors)) from None
+            raise first_error(errors) from None
         finally:
             # A task that is cancelled before its first step runs no `finally` of its own.
             for work in list(self._passes):
@@ -230,17 +229,6 @@ class Pipeline:
         self._on_error(None)
         self._on_stored()
         self.wake()
-
-
-def _lease_lost(error: BaseException) -> BaseException:
-    """A refused write means a newer writer, or a lease that somebody broke by hand: opening the log tells."""
-    if not isinstance(error, FencedError):
-        return error
-    return TransientError(
-        f"{error.message}; the log is opened again, unless somebody newer has it",
-        hint="nothing to do if this passes by itself",
-        **error.fields,
-    )
 
 
 def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
