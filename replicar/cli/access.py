@@ -79,7 +79,7 @@ async def open_machine(
             "without the config server a machine is known by its id only",
             hint="add --machine-id; the names under machines/ in the container are the ids there are",
         )
-    vault_key = await asyncio.to_thread(VaultKey.read, vault_key_file)
+    vault_key = await asyncio.to_thread(VaultKey.read, vault_key_file, hint="give the copy that was kept of vault.key")
     async with open_store(target) as store:
         yield Access(MachineLog(store, machine_id, await _unwrapped(store, machine_id, vault_key, vault_key_file)))
 

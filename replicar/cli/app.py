@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import circle, export, jobs, keys, protection, recover, vault, verify
+from replicar.cli import circle, export, jobs, keys, mount, protection, recover, rescue, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -43,7 +43,10 @@ for command in (
     vault.tag,
     recover.recover,
     export.export,
+    mount.mount,
+    mount.unmount,
     verify.verify,
+    rescue.rescue,
     keys.rotate_key,
     keys.rewrap,
 ):
