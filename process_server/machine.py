@@ -24,7 +24,7 @@ from process_server.admission import admit
 from process_server.cache import CacheFile, SlotHeader
 from process_server.commit import Committer
 from process_server.health import Counters, MachineHealth, error_data
-from process_server.logwriter import Claim, LogLimits, LogWriter, Writer
+from process_server.logwriter import Claim, LogLimits, LogWriter, Writer, lease_lost
 from process_server.pipeline import CacheDamage, Pipeline
 from process_server.recovery import take_up
 from process_server.sealer import DEFAULT_UPLOADS, SEALED_AHEAD, Sealer
@@ -40,8 +40,7 @@ from replicar.storage.store import PageBlobStore
 #: Until the log is opened again: at first, and at most.
 REOPEN_SECONDS: Final = 1.0
 LONGEST_REOPEN_SECONDS: Final = 60.0
-#: What giving leases back may take.
-RELEASE_SECONDS: Final = 5.0
+RELEASE_SECONDS: Final = 5.0  # what giving leases back may take
 
 
 class MachineState(StrEnum):
@@ -205,8 +204,10 @@ class Machine:
                 try:
                     await self._serve()
                 except FencedError as error:
-                    self._stop(error)
-                    return
+                    self.state, self.error = MachineState.WAITING, lease_lost(error)
+                    if self.error is error:
+                        self._stop(error)
+                        return
                 except CacheDamage as damage:
                     self._damage = damage
                     self._refuse(TransientError(f"{damage.error.message}; send it again"))
@@ -396,5 +397,4 @@ def _further(one: Stored, other: Stored) -> Stored:
     return max(one, other, key=lambda stored: (stored.number, stored.digest))
 
 
-#: What finds a machine by the id in its certificate.
-MachineFinder = Callable[[uuid.UUID], Machine | None]
+MachineFinder = Callable[[uuid.UUID], Machine | None]  # by the id in its certificate

@@ -21,11 +21,11 @@ from process_server.cache import PAYLOAD_BYTES, CacheFile, page_ceiling, page_fl
 from process_server.gate import Pass
 from process_server.health import Counters
 from process_server.logwriter import LogWriter, Place, Writer
-from process_server.sealer import Frames, Sealer
+from process_server.sealer import Sealer
 from process_server.slots import Slots
 from process_server.stream import Segment, Stream
 from replicar.clock import Clock
-from replicar.errors import CorruptionError, FencedError, ReplicarError, TransientError
+from replicar.errors import CorruptionError, ReplicarError, TransientError
 from replicar.formats import segment
 from replicar.formats.segment import Position, SealedChunks
 from replicar.log.reader import Tail
@@ -96,8 +96,7 @@ class Pipeline:
         self._news.set()
 
     async def run(self) -> None:
-        """Work until cancelled, or until something other than a TransientError of storage stands in the way; raises
-        that, or a TransientError if it was fenced: the log has to be opened again to know by whom."""
+        """Work until cancelled, or until something other than a TransientError stands in the way; raises that."""
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
@@ -105,7 +104,7 @@ class Pipeline:
                         await self._start(group)
                     await self._sleep()
         except BaseExceptionGroup as errors:
-            raise _lease_lost(first_error(errors)) from None
+            raise first_error(errors) from None
         finally:
             # A task that is cancelled before its first step runs no `finally` of its own.
             for work in list(self._passes):
@@ -173,9 +172,9 @@ class Pipeline:
         try:
             if slot.buffer is None:
                 readback = await self._slots.readback.acquire()
-            chunks, frames = await self._sealer.run(self._prepare, work, slot.buffer, readback, out)
+            chunks = await self._sealer.run(self._prepare, work, slot.buffer, readback, out)
             before = self._log.tail.digest if previous is None else await previous.chained
-            data, work.digest = await self._sealer.run(segment.finish, chunks, frames, before)
+            data, work.digest = segment.chain(chunks, before)
             place = await self._log.place(len(data))
             work.chained.set_result(work.digest)
         finally:
@@ -187,7 +186,7 @@ class Pipeline:
 
     def _prepare(
         self, work: _Work, buffer: memoryview | None, readback: memoryview | None, out: memoryview
-    ) -> tuple[SealedChunks, Frames]:
+    ) -> SealedChunks:
         """In a thread: get the bytes, compress and encrypt them."""
         each, where = work.segment, work.position
         source = buffer
@@ -230,17 +229,6 @@ class Pipeline:
         self._on_error(None)
         self._on_stored()
         self.wake()
-
-
-def _lease_lost(error: BaseException) -> BaseException:
-    """A refused write means a newer writer, or a lease that somebody broke by hand: opening the log tells."""
-    if not isinstance(error, FencedError):
-        return error
-    return TransientError(
-        f"{error.message}; the log is opened again, unless somebody newer has it",
-        hint="nothing to do if this passes by itself",
-        **error.fields,
-    )
 
 
 def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -85,7 +85,7 @@ class History:
         self.gaps: list[GapSpan] = []
         self.latest_ns = 0  # the latest time so far; a clock may have gone back
         self.quiet_until_ns = 0  # nothing was captured behind `last` up to then; 0 when nobody says so
-        self.listed: set[int] | None = None  # disks named since the stream began anew, until its GAP_BEGIN
+        self.listed: set[int] | None = None  # disks named since the stream began anew, until its gap ends
 
     @property
     def open_gap(self) -> GapSpan | None:
@@ -171,13 +171,15 @@ class History:
     def _gap(self, found: Segment, item: Record, reason: str, steps: list[Step]) -> None:
         place, gap = Place(item.sequence, item.time_ns), self.open_gap
         if item.flags & Flag.GAP_BEGIN:
-            if self.listed is not None:
-                self._drop_unlisted(item.row, steps)
             if gap is not None:
                 self.gaps[-1] = replace(gap, reason=gap.reason or reason)
             else:
                 self.gaps.append(GapSpan(self._place_before(found, item.row), place, None, reason))
         elif item.flags & Flag.GAP_END and gap is not None:
+            # Agents name their disks in front of the gap or behind its beginning; what they have not named by its end
+            # is gone. Whoever is named keeps what it had: only what may differ was sent again.
+            if self.listed is not None:
+                self._drop_unlisted(item.row, steps)
             self.gaps[-1] = replace(gap, after=place)
 
     def _drop_unlisted(self, row: int, steps: list[Step]) -> None:
