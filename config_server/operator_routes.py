@@ -15,6 +15,7 @@ from config_server.bells import Bells, Topic
 from config_server.jobs import opening
 from config_server.placement import Move
 from config_server.rights import KEYS, OPERATORS, PEOPLE, READERS
+from replicar.control.identity import Role
 from replicar.control.messages import (
     DestroyRequest,
     GroupPoint,
@@ -290,6 +291,6 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("POST", "/machines/{name}/rotate-key", post_rotate_key, OPERATORS),
     Route("GET", "/machines/{name}/points", get_points, READERS),
     Route("GET", "/machines/{name}/key", get_key, KEYS),
-    Route("POST", "/machines/{name}/marks", post_mark, OPERATORS, MarkRequest, query=("wait",)),
+    Route("POST", "/machines/{name}/marks", post_mark, OPERATORS | {Role.RECOVERY}, MarkRequest, query=("wait",)),
     Route("POST", "/groups", post_group, OPERATORS, GroupRequest),
 )
