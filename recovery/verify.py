@@ -51,6 +51,7 @@ class Report:
 
     machine_id: str
     segments: int = 0
+    opened: int = 0  # segments whose data was checked as well
     chunks: int = 0
     frames: int = 0
     descriptors: int = 0
@@ -115,6 +116,15 @@ async def verify(
     return checker.report
 
 
+def nothing_there(log: MachineLog) -> PermanentError:
+    """There is no log of this machine."""
+    return PermanentError(
+        f"there is nothing in storage of machine {log.machine_id}",
+        hint="check container and machine; if protection was just enabled, wait for the first segment",
+        machine_id=str(log.machine_id),
+    )
+
+
 class _Checker:
     def __init__(
         self, log: MachineLog, stored_number: int, stored_digest: bytes | None, verified: Verified | None
@@ -146,11 +156,7 @@ class _Checker:
                 else:
                     await self._take(await item)
         if not scan.blobs:
-            raise PermanentError(
-                f"there is nothing in storage of machine {self._log.machine_id}",
-                hint="check container and machine; if protection was just enabled, wait for the first segment",
-                machine_id=str(self._log.machine_id),
-            )
+            raise nothing_there(self._log)
         self.report.note = scan.note
 
     def _open(self, found: Found) -> _Opened:
@@ -195,6 +201,7 @@ class _Checker:
             self._damaged(opened.found.problem(f"{text}, where {report.last_sequence + 1} should follow"))
         await self._follow(opened)
         report.segments += 1
+        report.opened += table is not None
         report.sealed_bytes += header.total_bytes
         report.raw_bytes += header.raw_bytes
         report.first_sequence = report.first_sequence or position.first_sequence

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator
+from typing import Final, Protocol
 
 from recovery.export.overlay import Overlay
 from recovery.export.readahead import ReadAhead
@@ -19,10 +19,27 @@ from replicar.formats.frame import Buffer
 from replicar.formats.overlay import Base
 from replicar.formats.record import Disk
 
+#: Offset, length, and whether it is zeros that take no space.
+Stretch = tuple[int, int, bool]
+
 #: Read ahead at once for one disk; further ones are left out.
 READ_AHEADS: Final = 2
 
 _log = logging.getLogger(__name__)
+
+
+class Point(Protocol):
+    """What a disk held at a point: a view of the log, or files that were made of it."""
+
+    async def read(self, disk: Disk, offset: int, length: int) -> bytes: ...
+
+    async def stretches(self, disk: Disk, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        """(start, end) of what is no zeros, ascending."""
+        ...
+
+    async def warm(self, disk: Disk, offset: int, length: int) -> None:
+        """That range will be read soon."""
+        ...
 
 
 class ServedDisk:
@@ -32,7 +49,7 @@ class ServedDisk:
         overlay: where writes go; None: there are none.
     """
 
-    def __init__(self, view: View, disk: Disk, overlay: Overlay | None = None) -> None:
+    def __init__(self, view: Point, disk: Disk, overlay: Overlay | None = None) -> None:
         self.name, self.size_bytes = disk.name, disk.size_bytes
         self.overlay = overlay
         self._view, self._disk = view, disk
@@ -67,20 +84,18 @@ class ServedDisk:
             out[start - offset : start - offset + size] = self.overlay.read(start, size)
         return out
 
-    async def stretches(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
-        """A range as (offset, length, whether it is zeros); neighbours may be of the same kind.
-
-        Raises:
-            CorruptionError: the index of the point can't be opened there.
-            TransientError: storage is away.
-        """
-        own = [(start, size, self._own_stretches(start, size)) for start, size in self._own(offset, length)]
-        at, found = offset, list[tuple[int, int, bool]]()
-        for start, size, written in own:
+    async def stretches(self, offset: int, length: int) -> list[Stretch]:
+        """A range in order, neighbours of the same kind as one. Raises as `read`."""
+        own = self._own(offset, length)
+        found: list[Stretch] = []
+        at = offset
+        for start, size in own:
+            assert self.overlay is not None
             found += await self._point_stretches(at, start - at)
-            found += written
+            found += self.overlay.stretches(start, size)
             at = start + size
-        return found + await self._point_stretches(at, offset + length - at)
+        found += await self._point_stretches(at, offset + length - at)
+        return list(_joined(found))
 
     def write(self, offset: int, data: Buffer) -> None:
         """Whole sectors, within the disk. Raises OSError when the overlay can't take them."""
@@ -133,12 +148,9 @@ class ServedDisk:
     def _own(self, offset: int, length: int) -> list[tuple[int, int]]:
         return list(self.overlay.changed(offset, length)) if self.overlay is not None else []
 
-    def _own_stretches(self, start: int, size: int) -> list[tuple[int, int, bool]]:
-        assert self.overlay is not None
-        return list(self.overlay.stretches(start, size))
-
-    async def _point_stretches(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
-        at, end, found = offset, offset + length, list[tuple[int, int, bool]]()
+    async def _point_stretches(self, offset: int, length: int) -> list[Stretch]:
+        found: list[Stretch] = []
+        at, end = offset, offset + length
         for start, stop in await self._view.stretches(self._disk, offset, length) if length else []:
             if start > at:
                 found.append((at, start - at, True))
@@ -178,3 +190,16 @@ def _between(own: list[tuple[int, int]], offset: int, length: int) -> Iterator[t
         at = start + size
     if at < offset + length:
         yield at, offset + length - at
+
+
+def _joined(stretches: Iterable[Stretch]) -> Iterator[Stretch]:
+    last: Stretch | None = None
+    for offset, length, is_hole in stretches:
+        if last is not None and last[2] == is_hole:
+            last = (last[0], last[1] + length, is_hole)
+            continue
+        if last is not None:
+            yield last
+        last = (offset, length, is_hole)
+    if last is not None:
+        yield last

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import circle, export, jobs, keys, protection, recover, vault, verify
+from replicar.cli import (
+    access_tokens,
+    arrangements,
+    circle,
+    export,
+    jobs,
+    keys,
+    mount,
+    protection,
+    recover,
+    rescue,
+    vault,
+    verify,
+)
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -43,14 +56,20 @@ for command in (
     vault.tag,
     recover.recover,
     export.export,
+    mount.mount,
+    mount.unmount,
     verify.verify,
+    rescue.rescue,
     keys.rotate_key,
     keys.rewrap,
 ):
     app.command()(command)
 for step in circle.COMMANDS:
     app.command()(step)
-app.add_typer(jobs.app)
+app.command()(arrangements.alerts)
+app.command()(access_tokens.audit)
+for group in (access_tokens.app, jobs.app, arrangements.policy_app, arrangements.target_app):
+    app.add_typer(group)
 
 
 @app.command()

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from recovery.output import Written, held_stretches, write_raw_file, write_vhd_blob, write_vhd_file
+from recovery.files import held_stretches
+from recovery.output import Written, write_raw_file, write_vhd_blob, write_vhd_file
 from recovery.points import Latest, locate
 from recovery.view import View
 from replicar.errors import CorruptionError, PermanentError
