@@ -17,7 +17,7 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 def _fuzz(target: str, runs: int, seed: int, keep: Path | None) -> None:
-    import atheris
+    import atheris  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     with atheris.instrument_imports(include=["replicar"]):
         from tests.fuzzing import targets
