@@ -19,6 +19,7 @@ from replicar.cli import (
     protection,
     recover,
     rescue,
+    storage,
     vault,
     verify,
 )
@@ -59,6 +60,8 @@ for command in (
     mount.mount,
     mount.unmount,
     verify.verify,
+    storage.storage,
+    storage.fold,
     rescue.rescue,
     keys.rotate_key,
     keys.rewrap,
