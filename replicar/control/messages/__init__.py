@@ -67,6 +67,7 @@ from replicar.control.messages.limits import (
     MAX_OPERATOR_WAIT_SECONDS,
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
+    MAX_SIGNALS,
     MAX_TROUBLED_MACHINES,
     MAX_WAIT_SECONDS,
     STORAGE,
@@ -89,6 +90,7 @@ from replicar.control.messages.operator import (
 )
 from replicar.control.messages.server import (
     FormerKey,
+    HealthSignal,
     MachineProgress,
     MachineTrouble,
     ProcessServerAssignment,
@@ -110,6 +112,7 @@ __all__ = [
     "MAX_OPTIONS",
     "MAX_REPLY_BYTES",
     "MAX_REQUEST_BYTES",
+    "MAX_SIGNALS",
     "MAX_STEPS",
     "MAX_TROUBLED_MACHINES",
     "MAX_WAIT_SECONDS",
@@ -133,6 +136,7 @@ __all__ = [
     "GroupPoint",
     "GroupRequest",
     "GroupVerdict",
+    "HealthSignal",
     "HoldReport",
     "HoldRequest",
     "Job",
