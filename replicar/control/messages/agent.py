@@ -91,8 +91,8 @@ class AgentHeartbeat(Message):
     no such. `capture` says in words how the machine is captured, where that is not inline. `stored_until_ns` is an
     instant up to which (inclusive) every change is among those up to `stored_sequence`; None while order is not
     captured. `unstored_bytes`: what the change log keeps until it is stored. `errors`: why nothing is sent, empty
-    while all is well. `journal_full_seconds`: until the change log is full, and `copy_remaining_seconds`: until all that
-    is dirty is copied, if it goes on as lately; None where it does not go there.
+    while all is well. `journal_full_seconds`: until the change log is full, and `copy_remaining_seconds`: until all
+    that is dirty is copied, if it goes on as lately; None where it does not go there.
     """
 
     time_ns: Count
