@@ -15,6 +15,17 @@ Keys are `SecretStr`, so a printed or logged message shows none; they show in `t
 
 from __future__ import annotations
 
+from replicar.control.messages.access import (
+    MAX_TOKEN_DAYS,
+    TOKEN_ROLES,
+    ApiDocument,
+    AuditEntry,
+    AuditTrail,
+    NewToken,
+    Token,
+    TokenList,
+    TokenRequest,
+)
 from replicar.control.messages.agent import (
     AgentAssignment,
     AgentHeartbeat,
@@ -134,15 +145,20 @@ __all__ = [
     "MAX_REQUEST_BYTES",
     "MAX_SIGNALS",
     "MAX_STEPS",
+    "MAX_TOKEN_DAYS",
     "MAX_TROUBLED_MACHINES",
     "MAX_WAIT_SECONDS",
     "STORAGE",
+    "TOKEN_ROLES",
     "AgentAssignment",
     "AgentHeartbeat",
     "AgentInstructions",
     "Alert",
     "AlertList",
+    "ApiDocument",
+    "AuditEntry",
     "AuditReport",
+    "AuditTrail",
     "Claim",
     "ClaimRequest",
     "ClaimedMachine",
@@ -183,6 +199,7 @@ __all__ = [
     "MarkReport",
     "MarkRequest",
     "MoveRequest",
+    "NewToken",
     "Point",
     "PointChoice",
     "PointKind",
@@ -200,5 +217,8 @@ __all__ = [
     "StepReport",
     "TargetChange",
     "TargetSettings",
+    "Token",
+    "TokenList",
+    "TokenRequest",
     "VaultStatus",
 ]
