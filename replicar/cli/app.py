@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import circle, export, jobs, keys, mount, protection, recover, rescue, vault, verify
+from replicar.cli import circle, export, jobs, keys, mount, protection, recover, replica, rescue, vault, verify
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -54,6 +54,7 @@ for command in (
 for step in circle.COMMANDS:
     app.command()(step)
 app.add_typer(jobs.app)
+app.add_typer(replica.app)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The exported VHD, fetched by the tool that people fetch it with, is the same; and QEMU finds nothing wrong with it."""
+"""The exported VHD is the same when it was fetched by the tool that people fetch it with, and is one for QEMU."""
 
 from __future__ import annotations
 
