@@ -80,6 +80,10 @@ class _Stripe:
     name: BlobName
     lease_id: str
     offset: int = logblob.HEADER_BYTES
+    blob: str = field(init=False)  # the name as storage knows it
+
+    def __post_init__(self) -> None:
+        self.blob = str(self.name)
 
     def room(self, blob_bytes: int) -> int:
         """How many segments of whatever size certainly fit."""
@@ -168,7 +172,7 @@ class LogWriter:
         one that waits least.
         """
         candidates = [stripe for stripe in self._stripes if stripe.room(self._limits.blob_bytes)]
-        waits = [self._store.budget_wait_seconds(str(stripe.name), length) for stripe in candidates]
+        waits = [self._store.budget_wait_seconds(stripe.blob, length) for stripe in candidates]
         chosen = next((stripe for stripe, wait in zip(candidates, waits, strict=True) if not wait), None)
         if chosen is None and len(self._stripes) < self._limits.stripes:
             chosen = await self._add_stripe()
@@ -176,7 +180,7 @@ class LogWriter:
         if chosen is None:
             chosen = candidates[waits.index(min(waits))]
         self._reserved -= 1
-        place = Place(str(chosen.name), chosen.offset, chosen.lease_id)
+        place = Place(chosen.blob, chosen.offset, chosen.lease_id)
         chosen.offset += length
         return place
 

@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import circle, export, jobs, keys, mount, protection, recover, replica, rescue, vault, verify
+from replicar.cli import (
+    access_tokens,
+    arrangements,
+    circle,
+    export,
+    jobs,
+    keys,
+    mount,
+    protection,
+    recover,
+    replica,
+    rescue,
+    vault,
+    verify,
+)
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -53,8 +67,10 @@ for command in (
     app.command()(command)
 for step in circle.COMMANDS:
     app.command()(step)
-app.add_typer(jobs.app)
-app.add_typer(replica.app)
+app.command()(arrangements.alerts)
+app.command()(access_tokens.audit)
+for group in (access_tokens.app, jobs.app, replica.app, arrangements.policy_app, arrangements.target_app):
+    app.add_typer(group)
 
 
 @app.command()

@@ -155,7 +155,7 @@ async def test_a_fenced_stream_is_refused_for_good_and_holds_nothing(site: Site,
         machine = older.machine(agent.machine_id)
         assert machine.state is MachineState.FENCED
         assert isinstance(machine.error, FencedError)
-        assert older.slots.free_bytes == older.slots.total_bytes
+        await older.holding_nothing()
     assert await stored_frames(store, agent.machine_id, site.data_key) == moved.everything
 
 
