@@ -10,6 +10,7 @@ import uuid
 import pytest
 
 from recovery import directory
+from recovery.replica import journal
 from replicar.formats import changelog, cipher, frame, indexblob, logblob, overlay, sections, segment, vhd, wire
 from replicar.formats.wire import AGENT_TABLE, State
 from tests.golden import layouts, make_golden, sample
@@ -38,6 +39,7 @@ SIZES = {
     "index-section": indexblob.SECTION_ENTRY.itemsize,
     "index-entry": directory.ENTRY.itemsize,
     "vhd-footer": vhd.FOOTER_BYTES,
+    "replica-slot": journal.HEAD_BYTES,
     "overlay-header": overlay.FIELDS_BYTES,
     "overlay-session": overlay.SESSION_BYTES,
 }
