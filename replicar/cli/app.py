@@ -18,7 +18,9 @@ from replicar.cli import (
     mount,
     protection,
     recover,
+    replica,
     rescue,
+    storage,
     vault,
     verify,
 )
@@ -59,6 +61,8 @@ for command in (
     mount.mount,
     mount.unmount,
     verify.verify,
+    storage.storage,
+    storage.fold,
     rescue.rescue,
     keys.rotate_key,
     keys.rewrap,
@@ -68,7 +72,7 @@ for step in circle.COMMANDS:
     app.command()(step)
 app.command()(arrangements.alerts)
 app.command()(access_tokens.audit)
-for group in (access_tokens.app, jobs.app, arrangements.policy_app, arrangements.target_app):
+for group in (access_tokens.app, jobs.app, replica.app, arrangements.policy_app, arrangements.target_app):
     app.add_typer(group)
 
 
