@@ -66,11 +66,6 @@ def _simulator_options(parser: argparse.ArgumentParser) -> None:
 
 
 BENCHMARKS: Final = {
-    "simulator": Benchmark(
-        "stories a second of the simulation, on one core, and how many planted bugs it finds",
-        _simulator_options,
-        simulator.measure,
-    ),
     "limit": Benchmark(
         "cpu seconds per GB of the libraries alone, and the throughput these cores could reach at best",
         _limit_options,
@@ -95,6 +90,11 @@ BENCHMARKS: Final = {
         "how soon any point of a large disk can be read, and how fast a disk comes back, beside the raw steps",
         recovery.options,
         recovery.run,
+    ),
+    "simulator": Benchmark(
+        "stories a second of the simulation, on one core, and how many planted bugs it finds",
+        _simulator_options,
+        simulator.measure,
     ),
 }
 
