@@ -139,6 +139,8 @@ class Registry:
             self.connection.execute("PRAGMA synchronous = FULL")
             self.connection.execute("PRAGMA foreign_keys = ON")
             self.connection.execute("PRAGMA secure_delete = ON")  # a key that is destroyed leaves no copy in the file
+            # How healthy process servers say they are just now; what a new server does not know it is told in seconds.
+            self.connection.execute("CREATE TEMP TABLE server_health (id TEXT PRIMARY KEY, level TEXT NOT NULL)")
             with self.transaction():
                 self._migrate()
 

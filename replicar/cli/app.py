@@ -18,6 +18,7 @@ from replicar.cli import (
     mount,
     protection,
     recover,
+    replica,
     rescue,
     vault,
     verify,
@@ -68,7 +69,7 @@ for step in circle.COMMANDS:
     app.command()(step)
 app.command()(arrangements.alerts)
 app.command()(access_tokens.audit)
-for group in (access_tokens.app, jobs.app, arrangements.policy_app, arrangements.target_app):
+for group in (access_tokens.app, jobs.app, replica.app, arrangements.policy_app, arrangements.target_app):
     app.add_typer(group)
 
 

@@ -78,6 +78,7 @@ from replicar.control.messages.limits import (
     MAX_OPERATOR_WAIT_SECONDS,
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
+    MAX_SIGNALS,
     MAX_TROUBLED_MACHINES,
     MAX_WAIT_SECONDS,
     STORAGE,
@@ -116,6 +117,7 @@ from replicar.control.messages.policy import (
 )
 from replicar.control.messages.server import (
     FormerKey,
+    HealthSignal,
     MachineProgress,
     MachineTrouble,
     ProcessServerAssignment,
@@ -141,6 +143,7 @@ __all__ = [
     "MAX_POLICY_VERSIONS",
     "MAX_REPLY_BYTES",
     "MAX_REQUEST_BYTES",
+    "MAX_SIGNALS",
     "MAX_STEPS",
     "MAX_TOKEN_DAYS",
     "MAX_TROUBLED_MACHINES",
@@ -171,6 +174,7 @@ __all__ = [
     "GroupPoint",
     "GroupRequest",
     "GroupVerdict",
+    "HealthSignal",
     "HoldReport",
     "HoldRequest",
     "Job",
