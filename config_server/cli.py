@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from config_server import foundation, service
+from config_server import foundation, service, vault_key_cli
 from config_server.operator_routes import software
 from config_server.parties import moment
 from config_server.registry import Registry
@@ -50,6 +50,7 @@ Directory = Annotated[
         "--directory", "-d", help=f"The vault's directory.  [default: {DEFAULT_DIRECTORY}]", show_default=False
     ),
 ]
+app.add_typer(vault_key_cli.app)
 SettingsFile = Annotated[
     Path | None,
     typer.Option(
@@ -146,19 +147,40 @@ def operator(
     as_json: Json = False,
 ) -> None:
     """Make an operator's identity, for the `replicar` command; doing it again for a name ends the former one."""
+    _make_identity(Role.OPERATOR, name, output, directory, settings, as_json)
+
+
+@app.command()
+def auditor(
+    name: Annotated[str, typer.Argument(help="The auditor's name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write the identity into.")],
+    directory: Directory = None,
+    settings: SettingsFile = None,
+    as_json: Json = False,
+) -> None:
+    """Make an auditor's identity: `replicar verify` and whatever only looks, with keys, and nothing that changes.
+
+    Give it a shared access signature that may read and list, and it can't write in storage either.
+    """
+    _make_identity(Role.AUDITOR, name, output, directory, settings, as_json)
+
+
+def _make_identity(
+    role: Role, name: str, output: Path, directory: Path | None, settings: Path | None, as_json: bool
+) -> None:
     loaded = load_settings(settings, directory=directory)
     vault = Vault.load(loaded.directory)
     registry = Registry(loaded.directory / REGISTRY_FILE)
     try:
         identity = foundation.new_identity(
-            vault, registry, Role.OPERATOR, name, output, address=_address(loaded), clock=SystemClock()
+            vault, registry, role, name, output, address=_address(loaded), clock=SystemClock()
         )
     finally:
         registry.close()
     _tell(
         as_json,
-        {"operator_identity": str(output.absolute()), "id": str(identity.id), "name": name},
-        f"Identity of operator {name} in {output.absolute()}.\nNext: replicar status --help",
+        {f"{role}_identity": str(output.absolute()), "id": str(identity.id), "name": name},
+        f"Identity of {role} {name} in {output.absolute()}.\nNext: replicar status --help",
     )
 
 

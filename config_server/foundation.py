@@ -85,7 +85,7 @@ def new_identity(
     Raises:
         PermanentError: it is no name, or the directory can't be written.
     """
-    check_name(name, f"an {role}" if role is Role.OPERATOR else f"a {role}")
+    check_name(name, f"an {role}" if role in (Role.OPERATOR, Role.AUDITOR) else f"a {role}")
     key_pem, now_ns = new_key(), clock.now_ns()
     make_directory(directory)
 

@@ -14,14 +14,13 @@ heartbeat and its death is missing; nothing is counted twice.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import sqlite3
 import uuid
 from typing import Any, Final
 
-from config_server import points
+from config_server import data_keys, points, policies
 from config_server.parties import Party
 from config_server.vault import Vault
 from replicar.control.identity import INCARNATION_SHIFT
@@ -78,9 +77,14 @@ def agent_instructions(
             epoch=row["epoch"], process_server_id=uuid.UUID(row["id"]), host=row["host"], port=row["port"]
         )
     commands = points.pending(connection, machine_id)
-    version = _version([assignment.model_dump(mode="json") if assignment else None, [c.id for c in commands]])
+    schedule = policies.schedule(connection, machine_id)
+    said = [assignment.model_dump(mode="json") if assignment else None, [c.id for c in commands]]
     return AgentInstructions(
-        assignment=assignment, commands=commands, heartbeat_seconds=heartbeat_seconds, version=version
+        assignment=assignment,
+        commands=commands,
+        schedule=schedule,
+        heartbeat_seconds=heartbeat_seconds,
+        version=_version([*said, schedule.model_dump()]),
     )
 
 
@@ -165,14 +169,14 @@ def process_server_instructions(
             name=row["name"],
             epoch=row["epoch"],
             incarnation=row["incarnation"],
-            data_key=vault.revealed(row["wrapped_key"]),
-            wrapped_key=base64.b64encode(row["wrapped_key"]).decode(),
-            key_id=row["key_id"],
+            **data_keys.told(connection, vault, uuid.UUID(row["id"])),
             **_known_stored(row),
         )
         for row in rows
     )
-    version = _version([[str(a.machine_id), a.name, a.epoch, a.incarnation, a.key_id] for a in assignments])
+    version = _version(
+        [[str(a.machine_id), a.name, a.epoch, a.incarnation, a.key_id, a.wrapped_key] for a in assignments]
+    )
     return ProcessServerInstructions(assignments=assignments, heartbeat_seconds=heartbeat_seconds, version=version)
 
 
@@ -198,16 +202,14 @@ def machine_key(connection: sqlite3.Connection, vault: Vault, machine: Party) ->
     """The machine's data key, and how far its log is known to reach.
 
     Raises:
-        PermanentError: it has none, since it was never protected.
+        PermanentError: it has none, since it was never protected or its keys were destroyed.
         CorruptionError: it was not wrapped by this vault's key.
     """
     row = machine_row(connection, machine.id)
-    if row["wrapped_key"] is None:
-        raise never_protected(machine.name)
+    data_keys.refuse_missing(row)
     return MachineKey(
         machine_id=machine.id,
-        data_key=vault.revealed(row["wrapped_key"]),
-        key_id=row["key_id"],
+        **data_keys.told(connection, vault, machine.id),
         stored_sequence=row["stored_sequence"],
         stored_segment=row["stored_segment"],
         stored_digest=row["stored_digest"],

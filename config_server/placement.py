@@ -15,7 +15,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Final
 
-from config_server import parties
+from config_server import data_keys, parties
 from config_server.machines import LIVE_SECONDS, machine_row, never_protected, server_of
 from config_server.parties import Party
 from config_server.vault import Vault
@@ -61,11 +61,7 @@ def protect(connection: sqlite3.Connection, vault: Vault, machine: Party, now_ns
         "UPDATE machines SET process_server_id = ?, epoch = max(epoch, ?) WHERE id = ?",
         (str(server_id), FIRST_EPOCH, str(machine.id)),
     )
-    if machine_row(connection, machine.id)["wrapped_key"] is None:
-        connection.execute(
-            "UPDATE machines SET key_id = ?, wrapped_key = ? WHERE id = ?",
-            (str(uuid.uuid4()), vault.new_data_key(), str(machine.id)),
-        )
+    data_keys.ensure(connection, vault, machine.id)
     return server_id
 
 

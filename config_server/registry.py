@@ -23,7 +23,7 @@ from typing import Final, TypeVar
 from config_server import schema_circle as circle
 from replicar.errors import CorruptionError, PermanentError, TransientError
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 7
 BUSY_SECONDS: Final = 5.0
 #: Transactions waiting for the writer; at some 2,000 a second that is half a second of work.
 MAX_WAITING: Final = 1024
@@ -67,7 +67,11 @@ CREATE TABLE machines (
     stored_segment INTEGER, stored_digest TEXT NOT NULL DEFAULT '',
     bytes_received INTEGER NOT NULL DEFAULT 0, bytes_stored INTEGER NOT NULL DEFAULT 0,
     counted_since TEXT NOT NULL DEFAULT '', counted_received INTEGER NOT NULL DEFAULT 0,
-    counted_stored INTEGER NOT NULL DEFAULT 0) STRICT;
+    counted_stored INTEGER NOT NULL DEFAULT 0, destroyed_ns INTEGER) STRICT;
+-- data keys that a machine sealed with before its present one; destroyed_ns above is when all of them were destroyed
+CREATE TABLE former_keys (
+    machine_id TEXT NOT NULL REFERENCES machines (id), key_id TEXT NOT NULL, wrapped_key BLOB NOT NULL,
+    retired_ns INTEGER NOT NULL, PRIMARY KEY (machine_id, key_id)) STRICT;
 CREATE INDEX machines_of ON machines (process_server_id);
 CREATE TABLE marks (
     machine_id TEXT NOT NULL REFERENCES machines (id), sequence INTEGER NOT NULL, name TEXT NOT NULL,
@@ -104,6 +108,12 @@ _STEPS: Final = {
     3: ("ALTER TABLE marks ADD COLUMN pause_seconds REAL",),
     4: ("CREATE TABLE group_points (id TEXT PRIMARY KEY, point TEXT NOT NULL, created_ns INTEGER NOT NULL) STRICT",),
     5: (*circle.TABLES, circle.TAKE_OVER),
+    6: (
+        "ALTER TABLE machines ADD COLUMN destroyed_ns INTEGER",
+        "CREATE TABLE former_keys (machine_id TEXT NOT NULL REFERENCES machines (id), key_id TEXT NOT NULL,"
+        " wrapped_key BLOB NOT NULL, retired_ns INTEGER NOT NULL, PRIMARY KEY (machine_id, key_id)) STRICT",
+    ),
+    7: circle.ARRANGEMENTS,
 }
 
 _T = TypeVar("_T")
@@ -127,6 +137,7 @@ class Registry:
             self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute("PRAGMA synchronous = FULL")
             self.connection.execute("PRAGMA foreign_keys = ON")
+            self.connection.execute("PRAGMA secure_delete = ON")  # a key that is destroyed leaves no copy in the file
             with self.transaction():
                 self._migrate()
 
@@ -138,7 +149,8 @@ class Registry:
                 hint="run the version of config-server that wrote it, or a newer one",
             )
         if version < SCHEMA_VERSION:
-            statements = [*_SCHEMA.split(";\n"), *circle.TABLES]  # not a script, which would end the transaction
+            # one by one: a script would end the transaction
+            statements = [*_SCHEMA.split(";\n"), *circle.TABLES, *circle.ARRANGEMENTS]
             if version:
                 statements = [each for step in range(version, SCHEMA_VERSION) for each in _STEPS[step + 1]]
             for statement in statements:
@@ -166,6 +178,11 @@ class Registry:
         """
         with _sqlite_errors(self.path), self.transaction() as connection:
             return function(connection)
+
+    def checkpoint(self) -> None:
+        """Bring the journal into the database and empty it, so that what was overwritten is in neither."""
+        with _sqlite_errors(self.path):
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def close(self) -> None:
         self.connection.close()
@@ -211,6 +228,12 @@ class RegistryThread:
         future = asyncio.get_running_loop().run_in_executor(self._executor, self._registry.run, function)
         future.add_done_callback(self._one_less)
         return await future
+
+    async def checkpoint(self) -> None:
+        """`Registry.checkpoint`, on the registry's thread."""
+        if self._registry is None:
+            raise RuntimeError("the registry is closed")
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._registry.checkpoint)
 
     def _one_less(self, _: object) -> None:
         self._waiting -= 1

@@ -14,14 +14,16 @@ import os
 import ssl
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 
-from config_server import job_routes, operator_routes, part_routes, parties
+from config_server import data_keys, parties, routes
 from config_server.api import Context, application
 from config_server.bells import Bells
 from config_server.registry import RegistryThread
+from config_server.rounds import Rounds
 from config_server.settings import ENVIRONMENT_PREFIX, Settings
 from config_server.takeover import Takeover
 from config_server.vault import IDENTITY_DIRECTORY, REGISTRY_FILE, SETTINGS_FILE, Vault
@@ -61,9 +63,10 @@ class ConfigServer:
             PermanentError: the port is taken or not allowed, or another server has the vault.
         """
         async with AsyncExitStack() as stack:
-            descriptor = _lock(self._settings)
+            descriptor = lock(self._settings.directory)
             stack.callback(os.close, descriptor)
             await stack.enter_async_context(self.registry)
+            await self.registry.run(lambda connection: data_keys.wrap_anew(connection, self.vault))
             await self.renew_certificate()
             self._tls = server_context(self._identity, require_client=False)
             context = Context(
@@ -74,7 +77,7 @@ class ConfigServer:
                 heartbeat_seconds=self._settings.heartbeat_seconds,
             )
             runner = web.AppRunner(
-                application(context, part_routes.ROUTES + operator_routes.ROUTES + job_routes.ROUTES),
+                application(context, routes.ALL),
                 access_log=None,
                 handler_cancellation=True,  # a long poll ends with its connection
                 keepalive_timeout=KEEP_ALIVE_SECONDS,
@@ -102,6 +105,10 @@ class ConfigServer:
             reload_certificate(self._tls, self._identity)
         _log.info("renewed the config server's own certificate")
         return True
+
+    def rounds(self) -> Rounds:
+        """What is done by the clock; its `run` is the caller's to run."""
+        return Rounds(self.registry, self.vault, self.bells, self._clock, self._identity.id)
 
     def takeover(self) -> Takeover:
         """What moves machines off dead process servers; its `run` is the caller's to run."""
@@ -142,6 +149,7 @@ async def run(settings: Settings, clock: Clock, stop: asyncio.Event, ready: Call
                 keepers = [
                     group.create_task(server.keep_certificate(), name="keep certificate"),
                     group.create_task(server.takeover().run(), name="takeover"),
+                    group.create_task(server.rounds().run(), name="rounds"),
                 ]
                 ready(server.port)
                 await stop.wait()
@@ -151,17 +159,22 @@ async def run(settings: Settings, clock: Clock, stop: asyncio.Event, ready: Call
             raise errors.exceptions[0] from None
 
 
-def _lock(settings: Settings) -> int:
-    path = settings.directory / LOCK_FILE
+def lock(directory: Path) -> int:
+    """Take the vault's lock, which is held until the descriptor is closed.
+
+    Raises:
+        PermanentError: a config server runs on the vault.
+    """
+    path = directory / LOCK_FILE
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         raise PermanentError(
-            f"another config server runs on the vault in {settings.directory}",
+            f"another config server runs on the vault in {directory}",
             hint="stop that one first, or use another vault's directory",
-            path=str(settings.directory),
+            path=str(directory),
         ) from None
     return descriptor
 

@@ -1,7 +1,7 @@
 """The vault: one directory with the secrets and the registry that everything else depends on.
 
     vault.json                   id and name
-    vault.key            0600    32 bytes; wraps every machine's data key (AES key wrap, RFC 3394)
+    vault.key            0600    wraps every machine's data key (see `replicar.control.vault_key`)
     enrolment.key        0600    what the passphrase derives to (see `replicar.control.proofs`)
     passphrase           0600    for whoever enrols a part; the server never reads it, so it may be taken away
     registration.key     0600    admits process servers for five days
@@ -29,19 +29,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from cryptography.hazmat.primitives import keywrap
 from pydantic import SecretStr
 
 from config_server.authority import Authority
 from replicar.control.files import PUBLIC_MODE, make_directory, read_file, write_file
 from replicar.control.messages import DATA_KEY_BYTES
 from replicar.control.proofs import KEY_BYTES, enrolment_key
-from replicar.errors import CorruptionError, PermanentError
+from replicar.control.vault_key import VaultKey
+from replicar.errors import PermanentError
 
 FORMAT: Final = 1
-VAULT_KEY_BYTES: Final = 32
 PASSPHRASE_BYTES: Final = 20  # 160 bits: 32 letters and digits, in groups that can be read out
 REGISTRY_FILE: Final = "registry.sqlite"
+VAULT_KEY_FILE: Final = "vault.key"
 PASSPHRASE_FILE: Final = "passphrase"  # noqa: S105 - the name of the file
 REGISTRATION_FILE: Final = "registration.key"
 SETTINGS_FILE: Final = "config-server.toml"
@@ -59,7 +59,7 @@ class Vault:
     id: uuid.UUID
     name: str
     authority: Authority = field(repr=False)
-    key: bytes = field(repr=False)
+    key: VaultKey = field(repr=False)
     enrolment_key: bytes = field(repr=False)
 
     @classmethod
@@ -82,13 +82,13 @@ class Vault:
             id=vault_id,
             name=name,
             authority=Authority.create(name, now_ns),
-            key=secrets.token_bytes(VAULT_KEY_BYTES),
+            key=VaultKey.new(),
             enrolment_key=enrolment_key(passphrase, vault_id),
         )
         make_directory(directory / "authority")
         write_file(directory / "authority" / "key.pem", vault.authority.key_pem)
         write_file(directory / "authority" / "certificate.pem", vault.authority.certificate_pem, mode=PUBLIC_MODE)
-        write_file(directory / "vault.key", vault.key)
+        vault.key.save(directory / VAULT_KEY_FILE)
         write_file(directory / "enrolment.key", vault.enrolment_key)
         write_file(directory / PASSPHRASE_FILE, passphrase.get_secret_value().encode() + b"\n")
         facts = {"format": FORMAT, "id": str(vault_id), "name": name}
@@ -118,7 +118,7 @@ class Vault:
             read_file(directory / "authority" / "key.pem", what="the authority's key", hint=_RESTORE, secret=True),
             read_file(directory / "authority" / "certificate.pem", what="the authority's certificate", hint=_RESTORE),
         )
-        key = _secret(directory / "vault.key", "the vault's key", VAULT_KEY_BYTES)
+        key = VaultKey.read(directory / VAULT_KEY_FILE, hint=_RESTORE)
         return cls(
             directory,
             vault_id,
@@ -130,7 +130,7 @@ class Vault:
 
     def wrap(self, data_key: bytes) -> bytes:
         """A data key under the vault's key, by RFC 3394: 8 bytes longer."""
-        return keywrap.aes_key_wrap(self.key, data_key)
+        return self.key.wrap(data_key)
 
     def unwrap(self, wrapped_key: bytes) -> bytes:
         """The data key of its wrapped form.
@@ -138,13 +138,7 @@ class Vault:
         Raises:
             CorruptionError: it was not wrapped by this vault's key, or was changed since.
         """
-        try:
-            return keywrap.aes_key_unwrap(self.key, wrapped_key)
-        except (keywrap.InvalidUnwrap, ValueError):
-            raise CorruptionError(
-                "a data key in the registry was not wrapped by this vault's key",
-                hint="registry.sqlite and vault.key must come from the same backup",
-            ) from None
+        return self.key.unwrap(wrapped_key)
 
     def new_data_key(self) -> bytes:
         """A new data key, wrapped."""

@@ -7,7 +7,6 @@ page cache at once and so survive the process; `sync` makes them survive the mac
 from __future__ import annotations
 
 import contextlib
-import errno
 import mmap
 import os
 import struct
@@ -68,37 +67,38 @@ class LogFile:
         """Make the file at `path`, over the space of what lies at `making(path)`, if anything does.
 
         It gets its name when it has its header, so that a file of that name is a change log whenever the agent dies.
+        Whatever the reason why it can't be made, a full disk or a failing one, the log has no further room.
 
         Args:
             mapping: of what lies there, if it is mapped still.
 
         Raises:
-            LimitError: the file system has no room for it.
+            LimitError: it can't be made.
         """
         unfinished = making(path)
-        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(fd, 0, file_bytes)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                os.unlink(unfinished)
-                raise LimitError(
-                    f"no room for a change log of {file_bytes} bytes at {path}",
-                    hint="free space there, or set a smaller journal_bytes",
-                    path=str(path),
-                ) from None
-            mapping = mmap.mmap(fd, file_bytes) if mapping is None else mapping
-        except BaseException:
-            os.close(fd)
-            raise
-        header = ChangeLogHeader(machine_id, first_sequence, file_bytes, created_ns)
-        created = cls(path, fd, mapping, header)
-        changelog.stage_frame(created.data, 0, 0)
-        created.data[: changelog.HEADER_BYTES] = header.pack()
-        os.replace(unfinished, path)
-        _sync_directory(path.parent)  # a frame that is durable in a file that is not there is lost
+                mapping = mmap.mmap(fd, file_bytes) if mapping is None else mapping
+                header = ChangeLogHeader(machine_id, first_sequence, file_bytes, created_ns)
+                created = cls(path, fd, mapping, header)
+                changelog.stage_frame(created.data, 0, 0)
+                created.data[: changelog.HEADER_BYTES] = header.pack()
+                os.replace(unfinished, path)
+                _sync_directory(path.parent)  # a frame that is durable in a file that is not there is lost
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError as error:
+            for left in (unfinished, path):
+                with contextlib.suppress(OSError):
+                    os.unlink(left)
+            raise LimitError(
+                f"no room for a change log of {file_bytes} bytes at {path}: {error.strerror}",
+                hint="free space there, or set a smaller journal_bytes",
+                path=str(path),
+            ) from None
         return created
 
     @classmethod

@@ -154,8 +154,12 @@ class LogFiles:
         path = self._directory / f"changes-{next_sequence:016x}.hrl"
         mapping = None
         if self._spares:
-            spare, mapping = self._spares.pop()
-            os.replace(spare, making(path))
+            spare, mapping = self._spares[-1]
+            try:
+                os.replace(spare, making(path))
+            except OSError:
+                return False  # a file system that fails is no more room than one that is full
+            self._spares.pop()
         now_ns = self._clock.now_ns()
         try:
             created = LogFile.create(path, self._machine_id, next_sequence, self._file_bytes, now_ns, mapping=mapping)

@@ -50,7 +50,8 @@ def read_assignment(message: ProcessServerAssignment) -> Assignment:
         wrapped_key=wrapped,
     )
     stored = Stored(message.stored_segment or 0, message.stored_sequence, bytes.fromhex(message.stored_digest))
-    return Assignment(message.name, writer, message.incarnation, stored)
+    former = {key_number(key.key_id): key.data_key_bytes() for key in message.former_keys}
+    return Assignment(message.name, writer, message.incarnation, stored, former)
 
 
 def read_assignments(messages: Iterable[ProcessServerAssignment]) -> list[Assignment]:

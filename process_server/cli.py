@@ -22,7 +22,7 @@ from replicar.clock import SystemClock
 from replicar.control.enrolment import RegistrationKey, enrol, read_passphrase
 from replicar.control.identity import Role
 from replicar.errors import ReplicarError
-from replicar.memory import keep_memory
+from replicar.memory import collect_rarely, keep_memory
 
 app = typer.Typer(
     name="process-server",
@@ -120,6 +120,7 @@ def run(
     logging.getLogger("azure").setLevel(logging.WARNING)
     loaded = load_settings(settings)
     keep_memory()
+    collect_rarely()
     with asyncio.Runner(loop_factory=_fast_loop) as runner:
         runner.run(_serve(loaded))
 

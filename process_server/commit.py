@@ -22,8 +22,9 @@ from process_server.slots import Slots
 from process_server.stream import Commit, Stream
 from replicar.errors import LimitError
 
-#: The least time from one commit's beginning to the next one's: at most 200 syncs a second.
-COMMIT_INTERVAL_SECONDS: Final = 0.005
+#: The least time from one commit's beginning to the next one's: at most 50 syncs a second. The first one after a pause
+#: waits for nothing.
+COMMIT_INTERVAL_SECONDS: Final = 0.02
 #: How long a full disk is left alone before the same is written again: at first, and at most.
 FULL_SECONDS: Final = 0.1
 LONGEST_FULL_SECONDS: Final = 5.0

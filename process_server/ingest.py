@@ -36,8 +36,9 @@ ASSIGNMENT_SECONDS: Final = 3.0
 ASSIGNMENT_CHECK_SECONDS: Final = 0.1
 #: How long a HELLO waits for its machine's log; well below wire.SILENCE_SECONDS.
 WELCOME_SECONDS: Final = 10.0
-#: Acknowledgements at most this often: what moves within is told at once.
+#: An acknowledgement waits this long for others to join it, and comes no sooner than so long after the last one.
 ACK_PAUSE_SECONDS: Final = 0.005
+ACK_SPACING_SECONDS: Final = 0.02
 #: A peer that vanished without a word is noticed after 30 + 3 x 10 s.
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
 
@@ -77,6 +78,7 @@ class Connection(asyncio.BufferedProtocol):
         self._scratched = 0
         self._receiver: Receiver | None = None
         self._acknowledged = (0, 0)
+        self._acknowledged_at = 0.0
         self._ack_timer: asyncio.TimerHandle | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._can_write = True
@@ -144,7 +146,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def progress(self) -> None:
         if self._receiver is not None and self._receiver.progress() != self._acknowledged:
-            self._acknowledge_later(ACK_PAUSE_SECONDS)
+            soonest = self._acknowledged_at + ACK_SPACING_SECONDS - self._loop.time()
+            self._acknowledge_later(max(ACK_PAUSE_SECONDS, soonest))
             self._receiver.stored()
 
     def refuse(self, error: ReplicarError) -> None:
@@ -220,7 +223,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._receiver is None:
             return
         if self._can_write:
-            self._acknowledged = self._receiver.progress()
+            self._acknowledged, self._acknowledged_at = self._receiver.progress(), self._loop.time()
             self.say(Ack(*self._acknowledged))
             self._receiver.nudge()
         self._acknowledge_later(wire.ACK_INTERVAL_SECONDS)

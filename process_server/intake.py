@@ -105,8 +105,10 @@ class Intake:
             return self._lost(data, start, error)
         if header is None:
             return _WAIT_HEADER
-        if header.machine_id != self._machine_id:
-            return self._unwanted(header, there, f"a frame of machine {header.machine_id} came")
+        if header.machine_id is not self._machine_id:  # headers of one machine share the object, so this is quick
+            if header.machine_id != self._machine_id:
+                return self._unwanted(header, there, f"a frame of machine {header.machine_id} came")
+            self._machine_id = header.machine_id
         if header.next_sequence <= self.next_sequence:
             # Received before: a repeat may overlap with what was under way, and asking again would go round in circles.
             return self._skipped(header, there)

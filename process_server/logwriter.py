@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from replicar.clock import Clock
-from replicar.errors import ConflictError, FencedError, PermanentError, ReplicarError
+from replicar.errors import ConflictError, FencedError, PermanentError, ReplicarError, TransientError
 from replicar.formats import logblob, segment
 from replicar.formats.logblob import BlobHeader, BlobName
 from replicar.log.reader import LogReader, Tail
@@ -68,10 +68,22 @@ class Place:
 
 
 @dataclass(slots=True)
+class Claim:
+    """The last run of an epoch that a writer began or tried to: one behind it is somebody else's, and newer."""
+
+    epoch: int
+    run: int = 0
+
+
+@dataclass(slots=True)
 class _Stripe:
     name: BlobName
     lease_id: str
     offset: int = logblob.HEADER_BYTES
+    blob: str = field(init=False)  # the name as storage knows it
+
+    def __post_init__(self) -> None:
+        self.blob = str(self.name)
 
     def room(self, blob_bytes: int) -> int:
         """How many segments of whatever size certainly fit."""
@@ -81,9 +93,11 @@ class _Stripe:
 class LogWriter:
     """One writer's hold of a machine's log; `open` takes it. `tail` is where the log ended when this run began."""
 
-    def __init__(self, store: PageBlobStore, writer: Writer, limits: LogLimits, clock: Clock) -> None:
+    def __init__(
+        self, store: PageBlobStore, writer: Writer, limits: LogLimits, clock: Clock, claim: Claim | None = None
+    ) -> None:
         self.tail = Tail()
-        self.run = 0
+        self._claim = claim if claim is not None and claim.epoch == writer.epoch else Claim(writer.epoch)
         self._store = store
         self._writer = writer
         self._limits = limits
@@ -102,11 +116,13 @@ class LogWriter:
         keys: Mapping[int, bytes],
         stored: Stored = Stored(),  # noqa: B008 - a value that nobody can change
         accept: Callable[[Tail], None] = lambda _: None,
+        claim: Claim | None = None,
     ) -> LogWriter:
         """Take the log over.
 
         Args:
             keys: all data keys of the machine, for reading what is there.
+            claim: what this very writer claimed before, should it open the log again.
             stored: what is known to be in storage.
             accept: told where the log ends; raises when that can't be. Nothing is replaced then: a blob that is missing
                 today may be brought back tomorrow.
@@ -116,7 +132,7 @@ class LogWriter:
             CorruptionError: what is there contradicts itself before its end, or what is known to be stored is damaged.
             PermanentError, TransientError: storage.
         """
-        log = cls(store, writer, limits, clock)
+        log = cls(store, writer, limits, clock, claim)
         blobs = await log._blobs()
         log._refuse_newer(blobs)
         log.run = 1 + max((name.run for name, _ in blobs if name.epoch == writer.epoch), default=0)
@@ -130,6 +146,15 @@ class LogWriter:
             await log._discard()
             raise
         return log
+
+    @property
+    def run(self) -> int:
+        """The last run of the epoch that this writer began, or tried to."""
+        return self._claim.run
+
+    @run.setter
+    def run(self, number: int) -> None:
+        self._claim.run = number
 
     def reserve(self) -> bool:
         """Count on room for one more segment in this run; False when it is full and `roll` is due."""
@@ -147,7 +172,7 @@ class LogWriter:
         one that waits least.
         """
         candidates = [stripe for stripe in self._stripes if stripe.room(self._limits.blob_bytes)]
-        waits = [self._store.budget_wait_seconds(str(stripe.name), length) for stripe in candidates]
+        waits = [self._store.budget_wait_seconds(stripe.blob, length) for stripe in candidates]
         chosen = next((stripe for stripe, wait in zip(candidates, waits, strict=True) if not wait), None)
         if chosen is None and len(self._stripes) < self._limits.stripes:
             chosen = await self._add_stripe()
@@ -155,7 +180,7 @@ class LogWriter:
         if chosen is None:
             chosen = candidates[waits.index(min(waits))]
         self._reserved -= 1
-        place = Place(str(chosen.name), chosen.offset, chosen.lease_id)
+        place = Place(chosen.blob, chosen.offset, chosen.lease_id)
         chosen.offset += length
         return place
 
@@ -254,3 +279,15 @@ class LogWriter:
 
     def _empty_room(self) -> int:
         return (self._limits.blob_bytes - logblob.HEADER_BYTES) // segment.MAX_SEGMENT_BYTES
+
+
+def lease_lost(error: FencedError) -> ReplicarError:
+    """What the log's writer was fenced by: a newer writer was seen (`error` itself), or storage refuses our lease. That
+    may mean a newer one too, or somebody who broke leases by hand: opening the log again tells."""
+    if "code" not in error.fields:
+        return error
+    return TransientError(
+        f"{error.message}; the log is opened again, unless somebody newer has it",
+        hint="nothing to do if this passes by itself",
+        **error.fields,
+    )

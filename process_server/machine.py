@@ -24,20 +24,14 @@ from process_server.admission import admit
 from process_server.cache import CacheFile, SlotHeader
 from process_server.commit import Committer
 from process_server.health import Counters, MachineHealth, error_data
-from process_server.logwriter import LogLimits, LogWriter, Writer
+from process_server.logwriter import Claim, LogLimits, LogWriter, Writer, lease_lost
 from process_server.pipeline import CacheDamage, Pipeline
 from process_server.recovery import take_up
 from process_server.sealer import DEFAULT_UPLOADS, SEALED_AHEAD, Sealer
 from process_server.slots import Slots
 from process_server.stream import LOST_LOG_HINT, Cutting, Slot, Stream
 from replicar.clock import Clock
-from replicar.errors import (
-    ConflictError,
-    CorruptionError,
-    FencedError,
-    ReplicarError,
-    TransientError,
-)
+from replicar.errors import ConflictError, CorruptionError, FencedError, ReplicarError, TransientError
 from replicar.formats.wire import Hello, Welcome
 from replicar.log.reader import Tail
 from replicar.log.tail import Stored
@@ -46,8 +40,7 @@ from replicar.storage.store import PageBlobStore
 #: Until the log is opened again: at first, and at most.
 REOPEN_SECONDS: Final = 1.0
 LONGEST_REOPEN_SECONDS: Final = 60.0
-#: What giving leases back may take.
-RELEASE_SECONDS: Final = 5.0
+RELEASE_SECONDS: Final = 5.0  # what giving leases back may take
 
 
 class MachineState(StrEnum):
@@ -60,12 +53,16 @@ class MachineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A machine that this server serves. `stored` is what the config server knows; news of it change no assignment."""
+    """A machine that this server serves. `stored` is what the config server knows; news of it change no assignment.
+
+    `former_keys`: data keys by id that older segments were sealed by; they change with the writer's only.
+    """
 
     name: str
     writer: Writer
     incarnation: int = 0
     stored: Stored = field(default=Stored(), compare=False)
+    former_keys: Mapping[int, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def machine_id(self) -> uuid.UUID:
@@ -140,6 +137,7 @@ class Machine:
         self._hello: Hello | None = None  # of an agent that waits for its WELCOME
         self._pipeline: Pipeline | None = None
         self._log: LogWriter | None = None
+        self._claim = Claim(assignment.writer.epoch)
         self._leftovers = leftovers or []
         self._damage: CacheDamage | None = None
         self._stored = _further(stored, assignment.stored)
@@ -206,8 +204,10 @@ class Machine:
                 try:
                     await self._serve()
                 except FencedError as error:
-                    self._stop(error)
-                    return
+                    self.state, self.error = MachineState.WAITING, lease_lost(error)
+                    if self.error is error:
+                        self._stop(error)
+                        return
                 except CacheDamage as damage:
                     self._damage = damage
                     self._refuse(TransientError(f"{damage.error.message}; send it again"))
@@ -273,9 +273,10 @@ class Machine:
             writer,
             shop.tuning.log,
             shop.clock,
-            keys={writer.key_id: writer.data_key},
+            keys={**self.assignment.former_keys, writer.key_id: writer.data_key},
             stored=self._known(),
             accept=self._accept,
+            claim=self._claim,
         )
         self._log = log
         if self.stream is None:
@@ -396,5 +397,4 @@ def _further(one: Stored, other: Stored) -> Stored:
     return max(one, other, key=lambda stored: (stored.number, stored.digest))
 
 
-#: What finds a machine by the id in its certificate.
-MachineFinder = Callable[[uuid.UUID], Machine | None]
+MachineFinder = Callable[[uuid.UUID], Machine | None]  # by the id in its certificate

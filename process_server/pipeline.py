@@ -21,7 +21,7 @@ from process_server.cache import PAYLOAD_BYTES, CacheFile, page_ceiling, page_fl
 from process_server.gate import Pass
 from process_server.health import Counters
 from process_server.logwriter import LogWriter, Place, Writer
-from process_server.sealer import Frames, Sealer
+from process_server.sealer import Sealer
 from process_server.slots import Slots
 from process_server.stream import Segment, Stream
 from replicar.clock import Clock
@@ -172,9 +172,9 @@ class Pipeline:
         try:
             if slot.buffer is None:
                 readback = await self._slots.readback.acquire()
-            chunks, frames = await self._sealer.run(self._prepare, work, slot.buffer, readback, out)
+            chunks = await self._sealer.run(self._prepare, work, slot.buffer, readback, out)
             before = self._log.tail.digest if previous is None else await previous.chained
-            data, work.digest = await self._sealer.run(segment.finish, chunks, frames, before)
+            data, work.digest = segment.chain(chunks, before)
             place = await self._log.place(len(data))
             work.chained.set_result(work.digest)
         finally:
@@ -186,7 +186,7 @@ class Pipeline:
 
     def _prepare(
         self, work: _Work, buffer: memoryview | None, readback: memoryview | None, out: memoryview
-    ) -> tuple[SealedChunks, Frames]:
+    ) -> SealedChunks:
         """In a thread: get the bytes, compress and encrypt them."""
         each, where = work.segment, work.position
         source = buffer

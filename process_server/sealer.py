@@ -80,8 +80,8 @@ class Sealer:
 
     def seal(
         self, raw: memoryview, position: Position, data_key: bytes, key_id: int, out: memoryview, *, verify: bool
-    ) -> tuple[SealedChunks, Frames]:
-        """Compress and encrypt a run of frames into `out`; in a thread (see `run`).
+    ) -> SealedChunks:
+        """Compress and encrypt a run of frames into `out`, all but its place in the chain; in a thread (see `run`).
 
         Args:
             verify: check every frame again, because the run was away from memory since it was received.
@@ -94,7 +94,8 @@ class Sealer:
         if first.first_sequence != position.first_sequence or last.last_sequence != position.last_sequence:
             raise CorruptionError(f"the cache holds another run than {position.first_sequence}")
         chunks = segment.seal_chunks(raw, position, data_key, self._salt(), self._compressor(), key_id=key_id, out=out)
-        return chunks, frames
+        segment.add_table(chunks, frames)
+        return chunks
 
     def _compressor(self) -> zstandard.ZstdCompressor | None:
         if not self._level:

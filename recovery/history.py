@@ -1,8 +1,10 @@
 """What a log says about itself: the machine's disks over time, its named points, its gaps, how far it goes.
 
 A history follows a log segment by segment and may stop within one. It holds no extents: where a disk's map has to
-change at a record (a disk that was replaced or shrunk, the start of a gap), it says so as `Step`s, which the index
+change at a record (a disk that was replaced or shrunk), it says so as `Step`s, which the index
 carries out.
+
+A checkpoint carries a history on; what lies before the point from which a log is whole it may leave out (`trim`).
 
 Gaps. Between GAP_BEGIN and GAP_END order is not known, so no state in there ever was. The sequence of GAP_END is the
 first that is offered again; the one before GAP_BEGIN the last. Two things count as the start of a gap besides: a
@@ -58,7 +60,6 @@ class GapSpan:
 class Action(Enum):
     """What a step does to the maps, before the descriptor of its row is applied."""
 
-    SETTLE = auto()  # this is the last state before a gap
     FORGET = auto()  # the disk is another one from here on, or none
     ZERO = auto()  # the disk has become shorter
 
@@ -72,26 +73,19 @@ class Step:
     end: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """The last offered state before the gap that is open."""
-
-    place: Place
-    disks: dict[int, Disk]
-
-
 class History:
     """Follows a log; see the module. Pure: fed with opened tables and parsed records."""
 
     def __init__(self) -> None:
         self.first: Place | None = None
         self.last: Place | None = None
+        self.floor: Place | None = None  # from where on every state is left, if the log was folded
         self.disks: dict[int, Disk] = {}
         self.marks: list[NamedPoint] = []
         self.gaps: list[GapSpan] = []
-        self.settled: Settled | None = None
+        self.latest_ns = 0  # the latest time so far; a clock may have gone back
         self.quiet_until_ns = 0  # nothing was captured behind `last` up to then; 0 when nobody says so
-        self._listed: set[int] | None = None  # disks named since the stream began anew, until its GAP_BEGIN
+        self.listed: set[int] | None = None  # disks named since the stream began anew, until its gap ends
 
     @property
     def open_gap(self) -> GapSpan | None:
@@ -100,6 +94,11 @@ class History:
 
     def gap_at(self, sequence: int) -> GapSpan | None:
         return next((gap for gap in self.gaps if gap.holds(sequence)), None)
+
+    def trim(self, floor: int, kept: set[int]) -> None:
+        """Forget the gaps that ended before sequence `floor`, and the points before it that are not in `kept`."""
+        self.marks = [mark for mark in self.marks if mark.place.sequence >= floor or mark.place.sequence in kept]
+        self.gaps = [gap for gap in self.gaps if gap.after is None or gap.after.sequence > floor]
 
     def follows(self, found: Segment) -> bool:
         """Whether the segment's sequences go on where the last one ended."""
@@ -118,7 +117,7 @@ class History:
         end = position.last_sequence if until is None else min(until, position.last_sequence)
         steps: list[Step] = []
         if not self.follows(found):
-            self._begin(found, steps)
+            self._begin(found)
         for item in records:
             if item.sequence > end:
                 break
@@ -132,9 +131,10 @@ class History:
                     self._gap(found, item, reason, steps)
         rows = end - position.first_sequence
         self.last = Place(end, int(times[rows]))
+        self.latest_ns = max(self.latest_ns, int(times[: rows + 1].max()))
         return steps
 
-    def _begin(self, found: Segment, steps: list[Step]) -> None:
+    def _begin(self, found: Segment) -> None:
         position = found.table.header.position
         begin = Place(position.first_sequence, int(found.table.descriptors["time_ns"][0]))
         anew = begins_anew(found.table.descriptors)
@@ -150,14 +150,14 @@ class History:
         if self.first is None:
             self.first = begin
         if anew:
-            self._listed = set()
+            self.listed = set()
             if self.open_gap is None:
-                self._open(begin, self.last, "", 0, steps)
+                self.gaps.append(GapSpan(self.last, begin, None, ""))
 
     def _disk(self, row: int, disk: Disk, steps: list[Step]) -> None:
         old = self.disks.get(disk.index)
-        if self._listed is not None:
-            self._listed.add(disk.index)
+        if self.listed is not None:
+            self.listed.add(disk.index)
         if disk.action is DiskAction.REMOVED:
             self.disks.pop(disk.index, None)
             steps.append(Step(row, Action.FORGET, disk.index))
@@ -171,27 +171,22 @@ class History:
     def _gap(self, found: Segment, item: Record, reason: str, steps: list[Step]) -> None:
         place, gap = Place(item.sequence, item.time_ns), self.open_gap
         if item.flags & Flag.GAP_BEGIN:
-            if self._listed is not None:
-                self._drop_unlisted(item.row, steps)
             if gap is not None:
                 self.gaps[-1] = replace(gap, reason=gap.reason or reason)
             else:
-                self._open(place, self._place_before(found, item.row), reason, item.row, steps)
+                self.gaps.append(GapSpan(self._place_before(found, item.row), place, None, reason))
         elif item.flags & Flag.GAP_END and gap is not None:
+            # Agents name their disks in front of the gap or behind its beginning; what they have not named by its end
+            # is gone. Whoever is named keeps what it had: only what may differ was sent again.
+            if self.listed is not None:
+                self._drop_unlisted(item.row, steps)
             self.gaps[-1] = replace(gap, after=place)
 
     def _drop_unlisted(self, row: int, steps: list[Step]) -> None:
-        for index in sorted(self.disks.keys() - (self._listed or set())):
+        for index in sorted(self.disks.keys() - (self.listed or set())):
             del self.disks[index]
             steps.append(Step(row, Action.FORGET, index))
-        self._listed = None
-
-    def _open(self, begin: Place, before: Place | None, reason: str, row: int, steps: list[Step]) -> None:
-        self.gaps.append(GapSpan(before, begin, None, reason))
-        self.settled = None
-        if before is not None:
-            self.settled = Settled(before, dict(self.disks))
-            steps.append(Step(row, Action.SETTLE))
+        self.listed = None
 
     def _place_before(self, found: Segment, row: int) -> Place | None:
         if row == 0:

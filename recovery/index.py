@@ -1,66 +1,101 @@
 """The index of a log up to one sequence: for every disk, which of its bytes lie where.
 
-It is built from the sealed tables alone, in the log's order; payload is fetched only for the records. Its size is that
-of the extents that still count (32 bytes each) and of one small entry per segment, however often a block was
-rewritten; the time to build it is O(N log N) for N writes.
+It is built from the sealed tables alone, in the log's order; payload is fetched only for the records. It stands on a
+checkpoint (or on nothing, at the log's beginning): the checkpoint's tiers stay in storage and are read where they are
+asked for; in memory is what came since, 32 bytes for each extent that still counts and a small entry for each segment.
+Whoever follows a log for long makes checkpoints on the way (`indexing`), which keeps that small.
 
-Beside it stands which bytes of a disk the agent audited, and when last: how much of a point is proven, if `verify`
-finds nothing. It does not say what was written since; that rests on the audits to come.
-
-Weak: it is built from the log's beginning each time, and every segment's entry is kept, also of those that nothing
-refers to any more.
+Beside the extents stand the audits, see `audits`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from recovery.chunks import slim
+from recovery.audits import Audited, audited, positions
+from recovery.checkpoint import Checkpoint
+from recovery.chunks import MachineLog, slim
+from recovery.directory import Tables
 from recovery.extents import ZEROS, ExtentMap, Ints, TieredMap
 from recovery.history import Action, History, Place, Step
+from recovery.layers import DiskMap, Segments
 from recovery.records import Record
+from recovery.tiers import Pages, Tier, read_tier
+from recovery.tierwriter import Fresh, layers_of
 from replicar.errors import CorruptionError
 from replicar.formats.frame import Kind
 from replicar.formats.record import Disk
+from replicar.log.index import open_root
 from replicar.log.reader import Segment
 
 
 @dataclass(frozen=True, slots=True)
-class Audited:
-    """How much of a disk had been audited at a point, and the time of the oldest of these audits (None: none).
-
-    Each byte counts by its last audit before the point.
-    """
-
-    audited_bytes: int = 0
-    oldest_ns: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class State:
-    """A machine at one point: its disks, their extents, and the segments that these name; `audited` by disk."""
+    """A machine at one point: its disks, their extents, the segments that these name, and the audits.
+
+    `checkpoint`: the name of the checkpoint that it stands on; empty where there is none.
+    """
 
     place: Place
     disks: tuple[Disk, ...]
-    maps: dict[int, ExtentMap]
-    segments: dict[int, Segment]
-    audited: dict[int, Audited] = field(default_factory=dict)
+    maps: dict[int, DiskMap]
+    segments: Segments
+    audits: dict[int, DiskMap]
+    checkpoint: str = ""
+
+    async def audited(self, disk: Disk) -> Audited:
+        """How much of a disk is proven, and how fresh that is.
+
+        Raises:
+            CorruptionError: a page of the index is damaged.
+        """
+        return await audited(self.maps[disk.index], self.audits[disk.index])
 
 
 class Index:
-    """Grows segment by segment; see the module. Pure: fed with opened tables and parsed records."""
+    """Grows segment by segment; see the module. Pure but for lookups: fed with opened tables and parsed records."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: MachineLog, *, pages: Pages | None = None, tables: Tables | None = None) -> None:
         self.history = History()
-        self.segments: dict[int, Segment] = {}
+        self.tiers: tuple[Tier, ...] = ()
+        self.pages = pages or Pages(log)
+        self.checkpoint = ""
+        self._tables = tables or Tables(log)
+        self._fresh: dict[int, Segment] = {}
         self._maps: dict[int, TieredMap] = {}
-        self._settled: dict[int, tuple[ExtentMap, ...]] = {}
         # Audits as extents whose "segment" is their time: a later one covers an earlier one.
         self._audits: dict[int, TieredMap] = {}
-        self._settled_audits: dict[int, tuple[ExtentMap, ...]] = {}
+        self._cut: set[int] = set()  # disks of which older tiers tell nothing any more
+
+    @classmethod
+    async def on(cls, log: MachineLog, checkpoint: Checkpoint, *, pages: Pages | None = None) -> Index:
+        """An index that stands on a checkpoint.
+
+        Raises:
+            CorruptionError: one of its tiers is damaged or not there.
+        """
+        index = cls(log, pages=pages)
+        tiers = [await open_root(log.store, log.keys, header) for header in checkpoint.tiers]
+        index.settle(checkpoint.history, tuple(read_tier(root) for root in tiers), str(checkpoint.name))
+        return index
+
+    def settle(self, history: History, tiers: tuple[Tier, ...], checkpoint: str) -> None:
+        """Everything so far is in these tiers: keep it in memory no longer."""
+        self.history, self.tiers, self.checkpoint = history, tiers, checkpoint
+        self._fresh, self._maps, self._audits, self._cut = {}, {}, {}, set()
+
+    @property
+    def segments(self) -> Segments:
+        """The segments that the index names."""
+        return Segments(self._fresh, self.tiers, self.pages, self._tables)
+
+    @property
+    def fresh_segments(self) -> int:
+        """How many segments are in memory, since the last checkpoint."""
+        return len(self._fresh)
 
     def apply(self, found: Segment, records: list[Record], until: int | None = None) -> None:
         """Take in a segment, or its part up to sequence `until` (inclusive, not before the segment's first).
@@ -73,7 +108,7 @@ class Index:
         if until is not None:
             end = min(end, until - position.first_sequence + 1)
         steps = self.history.follow(found, records, until)
-        self.segments[found.number] = slim(found)
+        self._fresh[found.number] = slim(found)
         places = found.table.payload_places()
         done = 0
         for step in steps:
@@ -82,10 +117,18 @@ class Index:
             self._take(step)
         self._paint(found, places, done, end)
 
-    def lookup(self, disk: int, offset: int, length: int) -> ExtentMap:
+    async def lookup(self, disk: int, offset: int, length: int) -> ExtentMap:
         """A disk's extents within [offset, offset + length) as they are now, cut to it."""
         tiers = self._maps.get(disk)
-        return tiers.lookup(offset, length) if tiers is not None else ExtentMap.empty()
+        top = tiers.lookup(offset, length) if tiers is not None else ExtentMap.empty()
+        layers, _ = layers_of(self.tiers, "extents", disk, frozenset(self._cut))
+        return await DiskMap(self.pages, layers, top, offset + length).lookup(offset, length)
+
+    def fresh(self) -> Fresh:
+        """What is in memory, as a tier takes it."""
+        extents = {disk: tiers.flatten() for disk, tiers in self._maps.items()}
+        audits = {disk: tiers.flatten() for disk, tiers in self._audits.items()}
+        return Fresh(extents, audits, frozenset(self._cut))
 
     def state(self) -> State:
         """The machine after the last sequence that was applied.
@@ -93,36 +136,26 @@ class Index:
         Raises:
             CorruptionError: nothing was applied yet.
         """
-        if self.history.last is None:
+        history = self.history
+        if history.last is None:
             raise CorruptionError("nothing of the log was applied")
-        return self._state(self.history.last, self.history.disks, self._maps, self._audits)
+        disks = tuple(disk for _, disk in sorted(history.disks.items()))
+        maps = {disk.index: self._disk_map("extents", disk.index, disk.size_bytes) for disk in disks}
+        audits = {disk.index: self._disk_map("audits", disk.index, disk.size_bytes) for disk in disks}
+        return State(history.last, disks, maps, self.segments.known(), audits, self.checkpoint)
 
-    def settled(self) -> State | None:
-        """The machine just before the gap that is open; None where nothing was offered before it."""
-        settled = self.history.settled
-        if settled is None:
-            return None
-        return self._state(settled.place, settled.disks, _thawed(self._settled), _thawed(self._settled_audits))
-
-    def _state(
-        self, place: Place, disks: dict[int, Disk], maps: dict[int, TieredMap], audits: dict[int, TieredMap]
-    ) -> State:
-        flat = {}
-        for index, disk in disks.items():
-            whole = maps[index].flatten() if index in maps else ExtentMap.empty()
-            flat[index] = whole.lookup(0, disk.size_bytes)
-        ordered = tuple(disks[index] for index in sorted(disks))
-        audited = {index: _audited(audits.get(index), disk) for index, disk in disks.items()}
-        return State(place, ordered, flat, self.segments, audited)
+    def _disk_map(self, what: str, disk: int, size_bytes: int) -> DiskMap:
+        tiers = (self._maps if what == "extents" else self._audits).get(disk)
+        top = tiers.flatten() if tiers is not None else ExtentMap.empty()
+        layers, _ = layers_of(self.tiers, what, disk, frozenset(self._cut))
+        return DiskMap(self.pages, layers, top, size_bytes)
 
     def _take(self, step: Step) -> None:
         match step.action:
-            case Action.SETTLE:
-                self._settled = {index: tiers.freeze() for index, tiers in self._maps.items()}
-                self._settled_audits = {index: tiers.freeze() for index, tiers in self._audits.items()}
             case Action.FORGET:
                 self._maps.pop(step.disk, None)
                 self._audits.pop(step.disk, None)
+                self._cut.add(step.disk)
             case Action.ZERO:
                 self._map(step.disk).cover(ExtentMap.zeros(step.start, step.end))
 
@@ -130,26 +163,16 @@ class Index:
         for disk, columns in painted(found, places, start, end):
             self._map(disk).paint(*columns)
         table = found.table.descriptors[start:end]
-        audits = table[table["kind"] == Kind.AUDIT]
-        for disk in np.unique(audits["disk"]).tolist():
-            mine = audits[audits["disk"] == disk]
-            offset = mine["offset"].astype(np.int64)
-            ends, times = offset + mine["length"].astype(np.int64), mine["time_ns"].astype(np.int64)
-            self._audits.setdefault(disk, TieredMap()).paint(offset, ends, times, offset)
+        rows = np.flatnonzero(table["kind"] == Kind.AUDIT)
+        for disk in np.unique(table["disk"][rows]).tolist():
+            mine = rows[table["disk"][rows] == disk]
+            offset, times = table["offset"][mine].astype(np.int64), table["time_ns"][mine].astype(np.int64)
+            ends = offset + table["length"][mine].astype(np.int64)
+            place = positions(found.number, offset, places[start:end][mine])
+            self._audits.setdefault(disk, TieredMap()).paint(offset, ends, times, place)
 
     def _map(self, disk: int) -> TieredMap:
         return self._maps.setdefault(disk, TieredMap())
-
-
-def _thawed(frozen: dict[int, tuple[ExtentMap, ...]]) -> dict[int, TieredMap]:
-    return {index: TieredMap(tiers) for index, tiers in frozen.items()}
-
-
-def _audited(tiers: TieredMap | None, disk: Disk) -> Audited:
-    extents = tiers.lookup(0, disk.size_bytes) if tiers is not None else ExtentMap.empty()
-    if not len(extents):
-        return Audited()
-    return Audited(extents.data_bytes, int(extents.segment.min()))
 
 
 def painted(found: Segment, places: Ints, start: int, end: int) -> Iterator[tuple[int, tuple[Ints, Ints, Ints, Ints]]]:

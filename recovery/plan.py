@@ -17,7 +17,6 @@ from typing import Final
 import numpy as np
 
 from recovery.extents import ExtentMap, Ints
-from replicar.log.reader import Segment
 
 #: What one Put Page holds at most; blocks are aligned to it.
 BLOCK_BYTES: Final = 4 << 20
@@ -67,7 +66,7 @@ class Window:
     fetches: tuple[Fetch, ...]
 
 
-def choose_window(extents: ExtentMap, segments: Mapping[int, Segment], most_bytes: int) -> int:
+def choose_window(extents: ExtentMap, sizes: Mapping[int, int], most_bytes: int) -> int:
     """The smallest window, in bytes and at most `most_bytes`, with which hardly a chunk is opened twice.
 
     A disk written in order does with little; one written at random takes all there is.
@@ -77,7 +76,7 @@ def choose_window(extents: ExtentMap, segments: Mapping[int, Segment], most_byte
         return most_bytes
     numbers, which = np.unique(data.segment, return_inverse=True)
     # Chunks are counted by where pieces begin, which is near enough for choosing.
-    chunk = data.place // _chunk_sizes(numbers, segments)[which] + data.segment * (1 << 12)
+    chunk = data.place // _chunk_sizes(numbers, sizes)[which] + data.segment * (1 << 12)
     block = data.start // BLOCK_BYTES
     order = np.argsort(chunk, kind="stable")
     chunk, block = chunk[order], block[order]
@@ -94,7 +93,7 @@ def choose_window(extents: ExtentMap, segments: Mapping[int, Segment], most_byte
 
 def windows(
     extents: ExtentMap,
-    segments: Mapping[int, Segment],
+    sizes: Mapping[int, int],
     *,
     window_bytes: int,
     block_bytes: int = BLOCK_BYTES,
@@ -103,7 +102,7 @@ def windows(
     """The plan for a disk's extents (zeros are left out), one window at a time.
 
     Args:
-        segments: every segment that the extents name, by number.
+        sizes: the chunk size of every segment that the extents name, by number.
         window_bytes: what the buffer of a window may take; at least one block.
     """
     data = _split_blocks(extents.data(), block_bytes)
@@ -126,7 +125,7 @@ def windows(
         columns = (span_start[first:last], (span_end - span_start)[first:last], base)
         spans = tuple(Span(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
         buffer_bytes = int(filled[last] - filled[first])
-        yield Window(spans, buffer_bytes, part.data_bytes, tuple(_fetches(part, target, segments)))
+        yield Window(spans, buffer_bytes, part.data_bytes, tuple(_fetches(part, target, sizes)))
         first = last
 
 
@@ -135,9 +134,9 @@ def _split_blocks(data: ExtentMap, block_bytes: int) -> ExtentMap:
     return ExtentMap(start, end, data.segment[rows], data.place[rows] + (start - data.start[rows]))
 
 
-def _fetches(part: ExtentMap, target: Ints, segments: Mapping[int, Segment]) -> Iterator[Fetch]:
+def _fetches(part: ExtentMap, target: Ints, sizes: Mapping[int, int]) -> Iterator[Fetch]:
     numbers, which = np.unique(part.segment, return_inverse=True)
-    size = _chunk_sizes(numbers, segments)[which]
+    size = _chunk_sizes(numbers, sizes)[which]
     rows, chunk, start, end = _split(part.place, part.place + (part.end - part.start), size)
     number = part.segment[rows]
     source = start - chunk * size[rows]
@@ -156,8 +155,8 @@ def _fetches(part: ExtentMap, target: Ints, segments: Mapping[int, Segment]) -> 
     yield Fetch(int(number[-1]), tuple(copies))
 
 
-def _chunk_sizes(numbers: Ints, segments: Mapping[int, Segment]) -> Ints:
-    return np.array([segments[number].table.header.chunk_bytes for number in numbers.tolist()], dtype=np.int64)
+def _chunk_sizes(numbers: Ints, sizes: Mapping[int, int]) -> Ints:
+    return np.array([sizes[number] for number in numbers.tolist()], dtype=np.int64)
 
 
 def _split(start: Ints, end: Ints, unit: Ints | np.int64) -> tuple[Ints, Ints, Ints, Ints]:

@@ -1,144 +1,49 @@
-"""Which state is meant: a named point, an instant, a sequence number, or the latest; and whether it is offered.
+"""Finds the state that is asked for, from the nearest checkpoint on; see `requests` for what may be asked.
 
-`locate` reads the log just as far as the request needs, so a point in front of some damage is recovered in spite of it.
-Only when a request is refused is the rest of the log read, to say what could have been asked for instead.
+`locate` reads the log just as far as the request needs, so a point in front of some damage is recovered in spite of it,
+and begins at the newest checkpoint that the point is not in front of. Only when a request is refused is the rest of the
+log read, to say what could have been asked for instead.
 
-- `Named`: the state after everything before the MARK of that name. Agents give a name once; should a machine that was
-  enrolled again have used it a second time, the first one is meant, and the other is reached by its sequence.
-- `Instant`: after the last change at or before that time. The log must go on behind it, or the machine must have said
-  that it captured nothing more until then: otherwise what lies past the log's end may just not be stored yet.
-- `AtSequence`: after the change of that number.
-- `Latest`: the last state in the log that lies in no gap.
+The end of the log may be torn: a process server died in the middle of an upload, and nobody has taken its log over yet.
+What may have been under way then is verified in full before it is believed (see `replicar.log.tail`), and the log ends
+before the first segment that is unsound.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
 
-import numpy as np
-
+from recovery.checkpoint import Checkpoint, read_checkpoint
 from recovery.chunks import ChunkSource, MachineLog
-from recovery.history import GapSpan, History, Place
+from recovery.history import History, Place
 from recovery.index import Index, State
-from recovery.moments import format_moment
-from recovery.records import Record, read_records
+from recovery.records import read_records
+from recovery.requests import AtSequence, Instant, Latest, Named, Request, thinned
+from recovery.tiers import Pages
 from replicar.errors import CorruptionError, PermanentError, ReplicarError
-from replicar.formats.record import Mark
-from replicar.log.reader import LogReader, Segment, Tail
+from replicar.log.index import LogIndex, floor_missing, open_index
+from replicar.log.reader import LogReader, Segment, Start, Tail, replaced
+from replicar.log.tail import Stored, sound_tail
+
+__all__ = ["AtSequence", "Instant", "Latest", "Named", "Reached", "Request", "base_of", "locate", "survey"]
 
 #: Called with the number of segments and the sequence that were reached.
 Reached = Callable[[int, int], None]
-#: How many other names an error about an unknown one lists.
-NEAR_NAMES: Final = 5
-
-
-class Request(Protocol):
-    """What is asked for."""
-
-    def cut(self, history: History, found: Segment, records: list[Record]) -> int | None:
-        """The sequence up to which to apply, if it lies before the end of this segment; None to read on. One before
-        the segment's first means: nothing of it."""
-        ...
-
-    def is_end(self, history: History) -> bool:
-        """Whether the state at the log's end is meant, when no segment was cut."""
-        ...
-
-    def refusal(self, history: History) -> PermanentError:
-        """Why the point is not offered, with what is offered near it; `history` knows as much as the log holds."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    name: str
+class _Asked:
+    """What `locate` was given, but for the request itself, and what it opened."""
 
-    def cut(self, history: History, found: Segment, records: list[Record]) -> int | None:
-        marks = (item for item in records if isinstance(item.body, Mark) and item.body.name == self.name)
-        return next((item.sequence for item in marks), None)
-
-    def is_end(self, history: History) -> bool:
-        return False
-
-    def refusal(self, history: History) -> PermanentError:
-        for mark in history.marks:
-            if mark.name == self.name:
-                return _in_gap(f"point {self.name!r}", mark.place, history, point=self.name)
-        names = list(dict.fromkeys(mark.name for mark in history.marks if not mark.in_gap))
-        near = difflib.get_close_matches(self.name, names, NEAR_NAMES, cutoff=0.4) or names[-NEAR_NAMES:]
-        hint = f"there is {', '.join(near)}" if near else "the log holds no named point yet; use --latest or --at"
-        return PermanentError(f"there is no point named {self.name!r}", hint=hint, point=self.name, near=near)
-
-
-@dataclass(frozen=True, slots=True)
-class Instant:
-    time_ns: int
-
-    def cut(self, history: History, found: Segment, records: list[Record]) -> int | None:
-        if found.table.header.last_time_ns <= self.time_ns:
-            return None
-        rows = int(np.searchsorted(found.table.descriptors["time_ns"], np.uint64(self.time_ns), side="right"))
-        return found.table.header.position.first_sequence + rows - 1
-
-    def is_end(self, history: History) -> bool:
-        return history.last is not None and history.last.time_ns <= self.time_ns <= _end_ns(history, history.last)
-
-    def refusal(self, history: History) -> PermanentError:
-        what = f"the instant {format_moment(self.time_ns)}"
-        first, last = history.first, history.last
-        if first is None or last is None or self.time_ns < first.time_ns:
-            start = format_moment(first.time_ns) if first is not None else "nowhere"
-            return PermanentError(f"{what} lies before the log, which begins at {start}", hint=_offered(history))
-        if self.time_ns > _end_ns(history, last):
-            end_ns = _end_ns(history, last)
-            latest = (
-                f"the latest instant that can be chosen is {format_moment(end_ns)}; " if not history.open_gap else ""
-            )
-            return PermanentError(
-                f"{what} lies after the log, which ends at {format_moment(last.time_ns)} so far",
-                hint=f"{latest}use --latest, or ask again when later changes are stored; {_offered(history)}",
-                last_time_ns=end_ns,
-            )
-        return _in_gap(what, Place(0, self.time_ns), history, time_ns=self.time_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class AtSequence:
-    sequence: int
-
-    def cut(self, history: History, found: Segment, records: list[Record]) -> int | None:
-        return self.sequence if self.sequence <= found.table.header.position.last_sequence else None
-
-    def is_end(self, history: History) -> bool:
-        return False
-
-    def refusal(self, history: History) -> PermanentError:
-        what = f"sequence {self.sequence}"
-        first, last = history.first, history.last
-        if first is None or last is None or not first.sequence <= self.sequence <= last.sequence:
-            span = f"{first.sequence} to {last.sequence}" if first and last else "nothing"
-            return PermanentError(f"{what} is not in the log, which holds {span}", hint=_offered(history))
-        return _in_gap(what, Place(self.sequence, 0), history, sequence=self.sequence)
-
-
-@dataclass(frozen=True, slots=True)
-class Latest:
-    def cut(self, history: History, found: Segment, records: list[Record]) -> int | None:
-        return None
-
-    def is_end(self, history: History) -> bool:
-        return True
-
-    def refusal(self, history: History) -> PermanentError:
-        gap = history.open_gap
-        why = f" ({gap.reason})" if gap is not None and gap.reason else ""
-        return PermanentError(
-            f"the log offers no point yet: it has been in a gap{why} since its beginning",
-            hint="wait until initial replication is complete; `replicar machines` shows how far it is",
-        )
+    log: MachineLog
+    known: LogIndex
+    source: ChunkSource
+    pages: Pages
+    stored_number: int
+    stored_digest: bytes | None
+    quiet: tuple[int, int] | None
+    reached: Reached | None
 
 
 async def locate(
@@ -160,44 +65,22 @@ async def locate(
         reached: told about progress after every segment.
 
     Raises:
-        PermanentError: no such point, or one that is not offered; the hint names what is.
+        PermanentError: no such point, or one that is not offered (any more); the hint names what is.
         CorruptionError: the log is damaged before the point.
     """
-    source = source or ChunkSource(log)
-    reader, index = LogReader(log.store, log.machine_id, log.keys), Index()
-    history = index.history
-    async for found in reader.segments(stored_number=stored_number, stored_digest=stored_digest):
-        records = await read_records(source, found)
-        cut = request.cut(history, found, records)
-        if cut is None or cut >= found.table.header.position.first_sequence:
-            index.apply(found, records, cut)
-            offered = history.open_gap is None
-        else:
-            offered = _is_between(request, history, found) and history.open_gap is None
-        if reached is not None:
-            reached(found.number, found.table.header.position.last_sequence)
-        if cut is not None:
-            if not offered:
-                raise request.refusal(await survey(log, source))
-            return index.state()
-    if history.last is None:
-        raise _nothing(log, reader.tail)
-    if quiet is not None and history.last.sequence >= quiet[0]:
-        history.quiet_until_ns = quiet[1]
-    if request.is_end(history) and history.open_gap is None:
-        return index.state()
-    settled = index.settled() if isinstance(request, Latest) else None
-    if settled is None:
-        raise _with_end(request.refusal(history), reader.tail)
-    return settled
+    known = await open_index(log.store, log.machine_id, log.keys)
+    asked = _Asked(log, known, source or ChunkSource(log), Pages(log), stored_number, stored_digest, quiet, reached)
+    return await _find(asked, request)
 
 
 async def survey(log: MachineLog, source: ChunkSource | None = None) -> History:
     """The history of the whole log, as far as it is sound."""
     source = source or ChunkSource(log)
-    history, reader = History(), LogReader(log.store, log.machine_id, log.keys)
+    known = await open_index(log.store, log.machine_id, log.keys)
+    base = await base_of(known, Latest())
+    history, reader = _history(known, base), LogReader(log.store, log.machine_id, log.keys)
     try:
-        async for found in reader.segments():
+        async for found in reader.segments(after=base.start if base is not None else None):
             history.follow(found, await read_records(source, found))
     except CorruptionError:
         # Only for telling what is offered in front of the damage; whoever asks for something behind it is told.
@@ -206,65 +89,153 @@ async def survey(log: MachineLog, source: ChunkSource | None = None) -> History:
     return history
 
 
+async def base_of(known: LogIndex, request: Request, *, until: int | None = None) -> Checkpoint | None:
+    """The newest sound checkpoint that the request's state is not in front of; None: begin with the log itself.
+
+    Args:
+        until: the last segment that a checkpoint may know, if it is not the floor.
+
+    Raises:
+        CorruptionError: only a damaged checkpoint leads to it.
+    """
+    floor = known.fold.floor_sequence
+    for name in known.offered():
+        exact = request.is_at(name)
+        if not exact and (name.first < floor or not request.begins(name)):
+            continue
+        try:
+            root = await known.root(name)
+            found = read_checkpoint(root) if root is not None else None
+        except CorruptionError:
+            if name.first <= floor:
+                raise
+            continue  # an older one does as well
+        if found is None or (found.start is None and not exact):
+            continue
+        if found.start is not None and not await known.stands(found.start):
+            continue
+        if until is not None and found.number > until and not exact and name != known.fold.floor:
+            continue
+        return found
+    return None
+
+
+async def _find(asked: _Asked, request: Request) -> State:
+    # The segment that was reported as stored is to be met on the way, and compared with what was reported.
+    until = asked.stored_number if asked.stored_digest is not None and asked.stored_number else None
+    base = await base_of(asked.known, request, until=until)
+    if base is None and asked.known.fold.floor is not None:
+        raise await _below_the_floor(asked, request)
+    if base is not None and isinstance(request, Named):
+        for mark in base.history.marks:
+            if mark.name == request.name and not mark.in_gap:
+                return await _find(asked, AtSequence(mark.place.sequence))
+    index = Index(asked.log, pages=asked.pages)
+    if base is not None:
+        index = await Index.on(asked.log, base, pages=asked.pages)
+        index.history = _history(asked.known, base)
+        _check_stored(asked, base)
+        before_floor = base.place.sequence < asked.known.fold.floor_sequence
+        if before_floor or (isinstance(request, AtSequence) and request.is_at(base.name)):
+            if index.history.open_gap is not None:
+                raise request.refusal(await survey(asked.log, asked.source))
+            return index.state()
+    return await _walk(asked, request, index, base.start if base is not None else None)
+
+
+async def _walk(asked: _Asked, request: Request, index: Index, start: Start | None) -> State:
+    log, history = asked.log, index.history
+    reader, sound = LogReader(log.store, log.machine_id, log.keys), _Sound(asked)
+    end = reader.tail
+    async for found in reader.segments(
+        after=start, stored_number=asked.stored_number, stored_digest=asked.stored_digest
+    ):
+        if await sound.ends_before(found, reader.newest_first):
+            end = sound.tail
+            break
+        records = await read_records(asked.source, found)
+        cut = request.cut(history, found, records)
+        if cut is None or cut >= found.table.header.position.first_sequence:
+            index.apply(found, records, cut)
+            offered = history.open_gap is None
+        else:
+            offered = _is_between(request, history, found) and history.open_gap is None
+        if asked.reached is not None:
+            asked.reached(found.number, found.table.header.position.last_sequence)
+        if cut is not None:
+            if not offered:
+                raise request.refusal(await survey(log, asked.source))
+            return index.state()
+        end = reader.tail
+    else:
+        end = reader.tail
+    if history.last is None:
+        raise _nothing(log, end)
+    if asked.quiet is not None and history.last.sequence >= asked.quiet[0]:
+        history.quiet_until_ns = asked.quiet[1]
+    gap = history.open_gap
+    if request.is_end(history) and gap is None:
+        return index.state()
+    if isinstance(request, Latest) and gap is not None and gap.before is not None:
+        return await _find(asked, AtSequence(gap.before.sequence))
+    raise _with_end(request.refusal(history), end)
+
+
+class _Sound:
+    """Whether a segment at the log's end may be believed. Asks storage only once, and only if there is doubt."""
+
+    def __init__(self, asked: _Asked) -> None:
+        self.tail = Tail()
+        self._asked = asked
+        self._known: int | None = None  # the last segment that is known to be sound
+
+    async def ends_before(self, found: Segment, newest_first: int) -> bool:
+        asked = self._asked
+        if found.number < newest_first or found.number <= asked.stored_number:
+            return False
+        if self._known is None:
+            start = await asked.known.start()  # whoever makes a checkpoint has verified all before it
+            self._known = start.tail.number
+        if found.number <= self._known:
+            return False
+        if not self.tail.number:
+            reader = LogReader(asked.log.store, asked.log.machine_id, asked.log.keys)
+            try:
+                self.tail = await sound_tail(reader, Stored(asked.stored_number, 0, asked.stored_digest or b""))
+            except CorruptionError:
+                # What is known to be stored is damaged: that is met, and said, where it is needed.
+                self._known = found.number + (1 << 62)
+                return False
+        return found.number > self.tail.number
+
+
+def _check_stored(asked: _Asked, base: Checkpoint) -> None:
+    """The checkpoint ends with the segment that was reported as stored: is it that one?"""
+    if base.start is None or base.number != asked.stored_number or asked.stored_digest is None:
+        return
+    if base.start.tail.digest != asked.stored_digest:
+        raise replaced(asked.stored_number, str(base.name))
+
+
+def _history(known: LogIndex, base: Checkpoint | None) -> History:
+    history = base.history if base is not None else History()
+    floor = known.fold.floor
+    history.floor = Place(floor.first, floor.last) if floor is not None else None
+    return history
+
+
+async def _below_the_floor(asked: _Asked, request: Request) -> ReplicarError:
+    fold = asked.known.fold
+    if isinstance(request, Named | Latest):
+        return floor_missing(asked.log.machine_id, fold)
+    return thinned(request, fold, await survey(asked.log, asked.source))
+
+
 def _is_between(request: Request, history: History, found: Segment) -> bool:
     """Whether a request that fell in front of `found` means the state after the last sequence before it."""
     if history.last is None or not isinstance(request, Instant):
         return False
     return history.follows(found) or request.time_ns == history.last.time_ns
-
-
-def _in_gap(what: str, place: Place, history: History, **fields: str | int) -> PermanentError:
-    gap = _gap_around(place, history)
-    if gap is None:
-        return PermanentError(f"{what} is not offered", hint=_offered(history), **fields)
-    begin = gap.before or gap.begin
-    reason = f" ({gap.reason})" if gap.reason else ""
-    end = f"to {format_moment(gap.after.time_ns)}" if gap.after is not None else "and has not ended yet"
-    return PermanentError(
-        f"{what} lies in a gap{reason}, where the order of changes is not known: "
-        f"it goes from {format_moment(begin.time_ns)} {end}",
-        hint=_nearest(gap),
-        gap_first_sequence=gap.begin.sequence,
-        gap_last_sequence=gap.after.sequence - 1 if gap.after is not None else None,
-        **fields,
-    )
-
-
-def _gap_around(place: Place, history: History) -> GapSpan | None:
-    if place.sequence:
-        return history.gap_at(place.sequence)
-    for gap in history.gaps:
-        begin = gap.before or gap.begin
-        if begin.time_ns <= place.time_ns and (gap.after is None or place.time_ns < gap.after.time_ns):
-            return gap
-    return None
-
-
-def _nearest(gap: GapSpan) -> str:
-    """What to ask for instead, by sequence: a change and the start of a gap may carry the same time."""
-    places = (("last point before it", gap.before), ("first point after it", gap.after))
-    found = [f"{text}: --sequence {at.sequence} ({format_moment(at.time_ns)})" for text, at in places if at is not None]
-    return "; ".join(found) or "wait until initial replication is complete"
-
-
-def _end_ns(history: History, last: Place) -> int:
-    """The latest instant whose state is known to be the log's last one."""
-    return max(last.time_ns, history.quiet_until_ns if history.open_gap is None else 0)
-
-
-def _offered(history: History) -> str:
-    """The stretch of time in which points are offered, in words."""
-    if history.first is None or history.last is None:
-        return "the log is empty"
-    start = history.first.time_ns
-    if history.gaps and history.gaps[0].before is None:
-        if history.gaps[0].after is None:
-            return "no point is offered before initial replication is complete"
-        start = history.gaps[0].after.time_ns
-    end_ns = _end_ns(history, history.last)
-    if history.open_gap is not None and history.open_gap.before is not None:
-        end_ns = history.open_gap.before.time_ns
-    return f"points are offered from {format_moment(start)} to {format_moment(end_ns)}"
 
 
 def _with_end(error: PermanentError, tail: Tail) -> PermanentError:

@@ -14,7 +14,6 @@ Memory is bounded by AHEAD segments and the index of the extents that still coun
 from __future__ import annotations
 
 import asyncio
-from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -52,6 +51,7 @@ class Report:
 
     machine_id: str
     segments: int = 0
+    opened: int = 0  # segments whose data was checked as well
     chunks: int = 0
     frames: int = 0
     descriptors: int = 0
@@ -116,6 +116,15 @@ async def verify(
     return checker.report
 
 
+def nothing_there(log: MachineLog) -> PermanentError:
+    """There is no log of this machine."""
+    return PermanentError(
+        f"there is nothing in storage of machine {log.machine_id}",
+        hint="check container and machine; if protection was just enabled, wait for the first segment",
+        machine_id=str(log.machine_id),
+    )
+
+
 class _Checker:
     def __init__(
         self, log: MachineLog, stored_number: int, stored_digest: bytes | None, verified: Verified | None
@@ -124,7 +133,7 @@ class _Checker:
         self._log = log
         self._stored_digest = stored_digest
         self._verified = verified
-        self._index: Index | None = Index()  # None once something is damaged
+        self._index: Index | None = Index(log)  # None once something is damaged
         self._cache = ChunkCache(ChunkSource(log))
 
     async def run(self) -> None:
@@ -147,11 +156,7 @@ class _Checker:
                 else:
                     await self._take(await item)
         if not scan.blobs:
-            raise PermanentError(
-                f"there is nothing in storage of machine {self._log.machine_id}",
-                hint="check container and machine; if protection was just enabled, wait for the first segment",
-                machine_id=str(self._log.machine_id),
-            )
+            raise nothing_there(self._log)
         self.report.note = scan.note
 
     def _open(self, found: Found) -> _Opened:
@@ -196,6 +201,7 @@ class _Checker:
             self._damaged(opened.found.problem(f"{text}, where {report.last_sequence + 1} should follow"))
         await self._follow(opened)
         report.segments += 1
+        report.opened += table is not None
         report.sealed_bytes += header.total_bytes
         report.raw_bytes += header.raw_bytes
         report.first_sequence = report.first_sequence or position.first_sequence
@@ -246,13 +252,15 @@ class _Checker:
         """
         entry, places = found.table.descriptors[row], found.table.payload_places()
         disk, offset, length = int(entry["disk"]), int(entry["offset"]), int(entry["length"])
-        extents = index.lookup(disk, offset, length)
+        extents = await index.lookup(disk, offset, length)
         for painted_disk, columns in painted(found, places, 0, row):
             if painted_disk == disk:
                 extents = merge(extents, ExtentMap.from_table(*columns).lookup(offset, length))
         out = bytearray(length)
         place, size = int(places[row]), AUDIT_DIGEST_BYTES
-        await fill(self._cache, ChainMap({found.number: found}, index.segments), extents, offset, out)
+        named = [number for number in np.unique(extents.data().segment).tolist() if number != found.number]
+        segments = {found.number: found, **await index.segments.load(named)}
+        await fill(self._cache, segments, extents, offset, out)
         chunks = await self._cache.get(found, list(chunks_of(found.table, place, size)))
         self.report.audits += 1
         if xxhash.xxh3_128_digest(out) == bytes_from(found.table, chunks, place, size):

@@ -18,6 +18,7 @@ import numpy as np
 from recovery.chunks import CACHE_BYTES, ChunkCache, ChunkSource, MachineLog, close_together
 from recovery.extents import ExtentMap
 from recovery.index import State
+from recovery.layers import DiskMap
 from recovery.plan import BLOCK_BYTES, HOLE_BYTES, Copies, Window, choose_window, windows
 from recovery.records import bytes_from, chunks_of
 from replicar.errors import PermanentError
@@ -78,9 +79,9 @@ class View:
         names = ", ".join(disk.name for disk in self.state.disks) or "none"
         raise PermanentError(f"the machine has no disk {name!r} at this point", hint=f"its disks: {names}", disk=name)
 
-    def data_bytes(self, disk: Disk) -> int:
+    async def data_bytes(self, disk: Disk) -> int:
         """Bytes of the disk that come from the log; the rest is zeros."""
-        return self._extents(disk).data_bytes
+        return await self._extents(disk).data_bytes()
 
     async def read(self, disk: Disk, offset: int, length: int) -> bytes:
         """`length` bytes of the disk at `offset`, both in bytes and within the disk.
@@ -91,12 +92,13 @@ class View:
         if offset < 0 or length < 0 or offset + length > disk.size_bytes:
             raise ValueError(f"{length} bytes at {offset} of a disk of {disk.size_bytes}")
         out = bytearray(length)
-        await fill(self._cache, self.state.segments, self._extents(disk).lookup(offset, length), offset, out)
+        extents, segments = await self._named(disk, offset, length)
+        await fill(self._cache, segments, extents, offset, out)
         return bytes(out)
 
-    def stretches(self, disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
+    async def stretches(self, disk: Disk, offset: int, length: int) -> list[tuple[int, int]]:
         """(start, end) of what comes from the log within a range, ascending and not touching; the rest is zeros."""
-        data = self._extents(disk).lookup(offset, length).data()
+        data = (await self._extents(disk).lookup(offset, length)).data()
         if not len(data):
             return []
         apart = np.flatnonzero(data.start[1:] > data.end[:-1])
@@ -106,14 +108,15 @@ class View:
 
     async def warm(self, disk: Disk, offset: int, length: int) -> None:
         """Open the chunks that a read of that range would need, into the cache. Raises as `read`."""
-        await warm(self._cache, self.state.segments, self._extents(disk).lookup(offset, length))
+        extents, segments = await self._named(disk, offset, length)
+        await warm(self._cache, segments, extents)
 
     async def pieces(self, disk: Disk) -> AsyncIterator[Piece]:
         """The disk's data in its order, as (offset, bytes); what is left out is zeros.
 
         A piece is at most 4 MiB and crosses no multiple of 4 MiB of the disk; its bytes are the caller's to keep.
         """
-        for window in self._windows(disk, HOLE_BYTES):
+        async for window in self._windows(disk, HOLE_BYTES):
             buffer = memoryview(bytearray(window.buffer_bytes))
             await self._fill(window, buffer, _ignore)
             for span in window.spans:
@@ -136,7 +139,8 @@ class View:
 
         Whatever a sink raises ends the copy and is raised here.
         """
-        slots, done = asyncio.Semaphore(sinks), _Done(2 * self.data_bytes(disk), progress)
+        total = await self.data_bytes(disk) if progress is not None else 0
+        slots, done = asyncio.Semaphore(sinks), _Done(2 * total, progress)
         free: asyncio.Queue[bytearray] = asyncio.Queue()
         for _ in range(2):
             free.put_nowait(bytearray())
@@ -160,26 +164,35 @@ class View:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for window in self._windows(disk, hole_bytes):
+                async for window in self._windows(disk, hole_bytes):
                     buffer = _cleared(await free.get(), window.buffer_bytes)
                     group.create_task(carry(window, buffer))
         except BaseExceptionGroup as failed:
             raise first_error(failed) from None
         done.finish()
 
-    def _extents(self, disk: Disk) -> ExtentMap:
-        return self.state.maps.get(disk.index) or ExtentMap.empty()
+    def _extents(self, disk: Disk) -> DiskMap:
+        return self.state.maps[disk.index]
 
-    def _windows(self, disk: Disk, hole_bytes: int) -> Iterator[Window]:
-        extents, segments = self._extents(disk), self.state.segments
-        window_bytes = choose_window(extents, segments, self._window_bytes)
-        return windows(extents, segments, window_bytes=window_bytes, hole_bytes=hole_bytes)
+    async def _named(self, disk: Disk, offset: int, length: int) -> tuple[ExtentMap, dict[int, Segment]]:
+        """The extents of a range, and the segments that they name."""
+        extents = await self._extents(disk).lookup(offset, length)
+        return extents, await self.state.segments.load(np.unique(extents.data().segment).tolist())
+
+    async def _windows(self, disk: Disk, hole_bytes: int) -> AsyncIterator[Window]:
+        """The plan, slice by slice of the disk: the index of a large disk is never in memory as a whole."""
+        async for extents in self._extents(disk).slices():
+            sizes = await self.state.segments.chunk_sizes(np.unique(extents.data().segment).tolist())
+            window_bytes = choose_window(extents, sizes, self._window_bytes)
+            for window in windows(extents, sizes, window_bytes=window_bytes, hole_bytes=hole_bytes):
+                yield window
 
     async def _fill(self, window: Window, out: memoryview, opened: Callable[[int], None]) -> None:
+        segments = await self.state.segments.load(fetch.segment for fetch in window.fetches)
         try:
             async with asyncio.TaskGroup() as group:
                 for fetch in window.fetches:
-                    found = self.state.segments[fetch.segment]
+                    found = segments[fetch.segment]
                     by_chunk = {copies.chunk: copies for copies in fetch.copies}
                     for first, last in close_together(found, list(by_chunk)):
                         wanted = [copies for index, copies in by_chunk.items() if first <= index <= last]

@@ -43,6 +43,9 @@ ACCOUNT_NAME = "devstoreaccount1"
 # The account and key that every Azurite has, published by Microsoft in its documentation; it guards nothing.
 ACCOUNT_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
+#: A name that no DNS knows, which the certificate is good for besides: a private endpoint's.
+PRIVATE_NAME = "storage.invalid"
+
 START_LIMIT_SECONDS = 60.0
 STOP_LIMIT_SECONDS = 10.0
 POLL_SECONDS = 0.05
@@ -163,6 +166,8 @@ class Azurite:
         command += ["--blobHost", _HOST, "--blobPort", str(self.port)]
         command += ["--cert", str(self._certificate_file), "--key", str(self._key_file)]
         # The account is the first part of the path, as in `blob_endpoint`, and never guessed from the host name.
+        # Tokens as well as keys: their dates and addressee are looked at, their signatures are not.
+        command += ["--oauth", "basic"]
         command += ["--silent", "--disableTelemetry", "--skipApiVersionCheck", "--disableProductStyleUrl"]
         command += ["--inMemoryPersistence"] if self.in_memory else ["--location", str(self.directory)]
         with self._log_file.open("wb") as log:
@@ -266,7 +271,7 @@ def _certificate(
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
     )
     if not is_authority:
-        names = [x509.IPAddress(ipaddress.ip_address(_HOST)), x509.DNSName("localhost")]
+        names = [x509.IPAddress(ipaddress.ip_address(_HOST)), x509.DNSName("localhost"), x509.DNSName(PRIVATE_NAME)]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     return builder.sign(issuer_key, hashes.SHA256())

@@ -90,7 +90,7 @@ def uniform(space: Space, randomness: random.Random, block_bytes: Sequence[int] 
     """Writes of randomly chosen sizes at places aligned to their size."""
     while True:
         size = randomness.choice(block_bytes)
-        yield from _at(space, Action.WRITE, randomness.randrange(max(space.length // size, 1)) * size, size)
+        yield from at(space, Action.WRITE, randomness.randrange(max(space.length // size, 1)) * size, size)
 
 
 def zipf(
@@ -98,13 +98,13 @@ def zipf(
 ) -> Iterator[Operation]:
     """Writes of one size, the block of rank r with probability proportional to r**-exponent; ranks are scattered."""
     for block in _zipf_blocks(max(space.length // block_bytes, 1), randomness, exponent):
-        yield from _at(space, Action.WRITE, block * block_bytes, block_bytes)
+        yield from at(space, Action.WRITE, block * block_bytes, block_bytes)
 
 
 def sequential(space: Space, block_bytes: int = 256 << 10) -> Iterator[Operation]:
     """Writes of one size, one behind the other, beginning anew at the end."""
     for start in itertools.count(0, block_bytes):
-        yield from _at(space, Action.WRITE, start, block_bytes)
+        yield from at(space, Action.WRITE, start, block_bytes)
 
 
 def log_append(
@@ -115,7 +115,7 @@ def log_append(
     while True:
         size = randomness.randrange(record_bytes[0], record_bytes[1] + SECTOR_BYTES, SECTOR_BYTES)
         durable = randomness.random() < 0.5
-        yield from _at(space, Action.WRITE, head, size, fua=durable)
+        yield from at(space, Action.WRITE, head, size, fua=durable)
         if not durable:
             yield Operation(Action.FLUSH)
         head = (head + size) % space.length
@@ -135,11 +135,11 @@ def oltp(tables: Space, log: Space, randomness: random.Random) -> Iterator[Opera
         if chance < 0.01:
             size = randomness.choice((64 << 10, 256 << 10))
             start = randomness.randrange(max(tables.length // size, 1)) * size
-            yield from _at(tables, randomness.choice((Action.TRIM, Action.ZERO)), start, size)
+            yield from at(tables, randomness.choice((Action.TRIM, Action.ZERO)), start, size)
         elif chance < 0.03:
             start = randomness.randrange(max(tables.length >> 20, 1)) << 20
             for offset in range(0, 1 << 20, 128 << 10):
-                yield from _at(tables, Action.WRITE, start + offset, 128 << 10)
+                yield from at(tables, Action.WRITE, start + offset, 128 << 10)
 
 
 def paced(
@@ -157,7 +157,8 @@ def paced(
         due += max(by_bytes, by_count)
 
 
-def _at(space: Space, action: Action, start: int, length: int, *, fua: bool = False) -> Iterator[Operation]:
+def at(space: Space, action: Action, start: int, length: int, *, fua: bool = False) -> Iterator[Operation]:
+    """One thing done to `length` bytes from `start` of the run: one operation for each extent that it meets."""
     for place in space.places(start, length):
         yield Operation(action, place.offset, place.length, fua)
 

@@ -14,14 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from mobility_agent.allocation import ext4, xfs
+from mobility_agent.allocation import ext4, ntfs, xfs
 from mobility_agent.allocation.partitions import partitions
 from mobility_agent.allocation.source import NotKnownError, Ranges, Read, Window, joined
 
 #: Where other formats have their signatures: (offset, bytes, name).
 _OTHERS: Final = (
     (0, b"LUKS\xba\xbe", "LUKS"),
-    (3, b"NTFS    ", "NTFS"),
     (3, b"EXFAT   ", "exFAT"),
     (3, b"-FVE-FS-", "BitLocker"),
     (54, b"FAT1", "FAT"),
@@ -40,8 +39,12 @@ _OTHERS: Final = (
     (65600, b"_BHRfS_M", "Btrfs"),
     (32769, b"CD001", "ISO 9660"),
 )
-_IS_HERE: Final = {"ext4": ext4.is_here, "XFS": xfs.is_here}
-_FREE_RANGES: Final[dict[str, Callable[[Window], Ranges]]] = {"ext4": ext4.free_ranges, "XFS": xfs.free_ranges}
+_IS_HERE: Final = {"ext4": ext4.is_here, "XFS": xfs.is_here, "NTFS": ntfs.is_here}
+_FREE_RANGES: Final[dict[str, Callable[[Window], Ranges]]] = {
+    "ext4": ext4.free_ranges,
+    "XFS": xfs.free_ranges,
+    "NTFS": ntfs.free_ranges,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Coroutine, Mapping
 from typing import Any, Final, Protocol, cast
 
 from recovery.export.disk import ServedDisk
@@ -189,10 +188,10 @@ class Connection(asyncio.Protocol):
         if magic != REQUEST_MAGIC or (kind == Command.WRITE and length > nbd.MAX_REQUEST_BYTES):
             self._hang_up("it sends no request, or a larger one than it may, where one belongs")
             return 0
-        if kind == Command.WRITE and len(self._data) - at < REQUEST.size + length:
+        if len(self._tasks) >= MAX_REQUESTS or (kind == Command.WRITE and len(self._data) - at < REQUEST.size + length):
             return 0
         if kind == Command.READ and not self._invalid(kind, offset, length):
-            if len(self._tasks) >= MAX_REQUESTS or not self._host.take(self, length):
+            if not self._host.take(self, length):
                 return 0
             self._begin(self._read(flags, handle, offset, length), length)
         elif kind in _WRITING:
@@ -206,7 +205,7 @@ class Connection(asyncio.Protocol):
         elif kind == Command.FLUSH:
             self._begin(self._flush(handle))
         elif kind == Command.BLOCK_STATUS and self._chosen.allocation:
-            self._answer(self._allocation(flags, handle, offset, length))
+            self._begin(self._allocation(flags, handle, offset, length))
         elif kind == Command.DISC:
             self._leaving = True
             self._begin(self._leave())
@@ -238,7 +237,7 @@ class Connection(asyncio.Protocol):
     async def _read(self, flags: int, handle: int, offset: int, length: int) -> None:
         try:
             out = await self._disk.read(offset, length)
-            parts = self._parts(flags, offset, memoryview(out))
+            parts = await self._parts(flags, offset, memoryview(out))
         except (ReplicarError, OSError) as error:
             words = error.message if isinstance(error, ReplicarError) else str(error)
             _log.error("disk %s can't be read at %d: %s", self._disk.name, offset, words)
@@ -249,12 +248,12 @@ class Connection(asyncio.Protocol):
         else:
             self._answer(replies.simple(handle, 0, parts[0][2]))
 
-    def _parts(self, flags: int, offset: int, out: memoryview) -> list[replies.Part]:
+    async def _parts(self, flags: int, offset: int, out: memoryview) -> list[replies.Part]:
         if not self._chosen.structured or flags & CommandFlag.DF or len(out) < SPARSE_BYTES:
             return [(offset, len(out), bytes(out))]
         return [
             (start, size, None if is_hole else bytes(out[start - offset : start - offset + size]))
-            for start, size, is_hole in joined(self._disk.stretches(offset, len(out)))
+            for start, size, is_hole in await self._disk.stretches(offset, len(out))
         ]
 
     async def _flush(self, handle: int) -> None:
@@ -281,13 +280,19 @@ class Connection(asyncio.Protocol):
             return Errno.ENOSPC if failure.errno == Errno.ENOSPC else Errno.EIO
         return 0
 
-    def _allocation(self, flags: int, handle: int, offset: int, length: int) -> list[bytes]:
+    async def _allocation(self, flags: int, handle: int, offset: int, length: int) -> None:
         if error := self._invalid(Command.BLOCK_STATUS, offset, length):
-            return replies.failure(handle, error, f"disk {self._disk.name} has no {length} bytes at {offset}")
-        found = joined(self._disk.stretches(offset, min(length, ALLOCATION_BYTES)))
+            self._refuse(Command.BLOCK_STATUS, handle, error)
+            return
+        try:
+            found = await self._disk.stretches(offset, min(length, ALLOCATION_BYTES))
+        except (ReplicarError, OSError) as failure:
+            _log.error("disk %s can't tell what lies at %d: %s", self._disk.name, offset, failure)
+            self._refuse(Command.BLOCK_STATUS, handle, Errno.EIO)
+            return
         most = 1 if flags & CommandFlag.REQ_ONE else MAX_EXTENTS
-        kinds = ((size, replies.HOLE_AND_ZERO if hole else replies.ALLOCATED) for _, size, hole in islice(found, most))
-        return replies.block_status(handle, kinds)
+        kinds = ((size, replies.HOLE_AND_ZERO if hole else replies.ALLOCATED) for _, size, hole in found[:most])
+        self._answer(replies.block_status(handle, kinds))
 
     def _invalid(self, kind: int, offset: int, length: int) -> int:
         """Why a range can't be asked for, as an NBD error; 0 if it can."""
@@ -312,17 +317,3 @@ class Connection(asyncio.Protocol):
         _log.warning("an NBD client is hung up on: %s", why)
         self._closing = True
         self._transport.abort()
-
-
-def joined(stretches: Iterable[tuple[int, int, bool]]) -> Iterator[tuple[int, int, bool]]:
-    """Neighbours of the same kind as one."""
-    last: tuple[int, int, bool] | None = None
-    for offset, length, is_hole in stretches:
-        if last is not None and last[2] == is_hole:
-            last = (last[0], last[1] + length, is_hole)
-            continue
-        if last is not None:
-            yield last
-        last = (offset, length, is_hole)
-    if last is not None:
-        yield last

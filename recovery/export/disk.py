@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from recovery.export.overlay import Overlay
@@ -18,6 +18,9 @@ from replicar.errors import ReplicarError
 from replicar.formats.frame import Buffer
 from replicar.formats.overlay import Base
 from replicar.formats.record import Disk
+
+#: Offset, length, and whether it is zeros that take no space.
+Stretch = tuple[int, int, bool]
 
 #: Read ahead at once for one disk; further ones are left out.
 READ_AHEADS: Final = 2
@@ -67,16 +70,18 @@ class ServedDisk:
             out[start - offset : start - offset + size] = self.overlay.read(start, size)
         return out
 
-    def stretches(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
-        """A range as (offset, length, whether it is zeros); neighbours may be of the same kind."""
+    async def stretches(self, offset: int, length: int) -> list[Stretch]:
+        """A range in order, neighbours of the same kind as one. Raises as `read`."""
         own = self._own(offset, length)
+        found: list[Stretch] = []
         at = offset
         for start, size in own:
             assert self.overlay is not None
-            yield from self._point_stretches(at, start - at)
-            yield from self.overlay.stretches(start, size)
+            found += await self._point_stretches(at, start - at)
+            found += self.overlay.stretches(start, size)
             at = start + size
-        yield from self._point_stretches(at, offset + length - at)
+        found += await self._point_stretches(at, offset + length - at)
+        return list(_joined(found))
 
     def write(self, offset: int, data: Buffer) -> None:
         """Whole sectors, within the disk. Raises OSError when the overlay can't take them."""
@@ -129,15 +134,17 @@ class ServedDisk:
     def _own(self, offset: int, length: int) -> list[tuple[int, int]]:
         return list(self.overlay.changed(offset, length)) if self.overlay is not None else []
 
-    def _point_stretches(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+    async def _point_stretches(self, offset: int, length: int) -> list[Stretch]:
+        found: list[Stretch] = []
         at, end = offset, offset + length
-        for start, stop in self._view.stretches(self._disk, offset, length) if length else []:
+        for start, stop in await self._view.stretches(self._disk, offset, length) if length else []:
             if start > at:
-                yield at, start - at, True
-            yield start, stop - start, False
+                found.append((at, start - at, True))
+            found.append((start, stop - start, False))
             at = stop
         if at < end:
-            yield at, end - at, True
+            found.append((at, end - at, True))
+        return found
 
     def _look_ahead(self, offset: int, length: int) -> None:
         wanted = self._ahead.follow(offset, length)
@@ -169,3 +176,16 @@ def _between(own: list[tuple[int, int]], offset: int, length: int) -> Iterator[t
         at = start + size
     if at < offset + length:
         yield at, offset + length - at
+
+
+def _joined(stretches: Iterable[Stretch]) -> Iterator[Stretch]:
+    last: Stretch | None = None
+    for offset, length, is_hole in stretches:
+        if last is not None and last[2] == is_hole:
+            last = (last[0], last[1] + length, is_hole)
+            continue
+        if last is not None:
+            yield last
+        last = (offset, length, is_hole)
+    if last is not None:
+        yield last

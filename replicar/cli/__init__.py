@@ -6,9 +6,14 @@ console   how results, progress and errors are told, to people and to machines
 access    a machine's log and what opens it, from the config server or from the vault's key
 overview  how a vault, its machines and their points look on a terminal
 vault     `status`, `machines`, `protect`, `points`, `tag`
-protection  `move`
+protection  `move`, `remove`
+keys      `rotate-key`, `rewrap`
 recover   `recover`
 verify    `verify`
+circle    `drill`, `cleanup`, `failover`, `commit`, `cancel`, `failback`, `reprotect`, `disable`
+jobs      `jobs`: list, show, follow, cancel, drills
+arrangements  `policy`, `target`, `alerts`
+following how a job is followed to its end
 """
 
 from replicar.cli.app import app, main

@@ -7,26 +7,25 @@ so a log that was cut off at its end looks like one that ends there.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
-from cryptography.hazmat.primitives import keywrap
 
 from recovery.chunks import MachineLog
 from replicar.cli.settings import OperatorSettings
-from replicar.control.files import read_file
 from replicar.control.keys import key_number
-from replicar.errors import PermanentError
+from replicar.control.messages import MachineKey
+from replicar.control.vault_key import VaultKey
+from replicar.errors import CorruptionError, PermanentError
 from replicar.log.reader import LogReader
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import open_store
-
-VAULT_KEY_BYTES: Final = 32
 
 VaultKeyFile = Annotated[
     Path | None,
@@ -70,7 +69,7 @@ async def open_machine(
     if vault_key_file is None:
         async with settings.control() as control:
             key = await control.key(machine)
-        keys = {key_number(key.key_id): key.data_key_bytes()}
+        keys = data_keys(key)
         async with open_store(target) as store:
             digest = bytes.fromhex(key.stored_digest) or None
             yield Access(MachineLog(store, key.machine_id, keys), key.stored_segment or 0, digest, key.quiet)
@@ -80,25 +79,31 @@ async def open_machine(
             "without the config server a machine is known by its id only",
             hint="add --machine-id; the names under machines/ in the container are the ids there are",
         )
-    vault_key = read_file(vault_key_file, what="the vault's key", secret=True)
+    vault_key = await asyncio.to_thread(VaultKey.read, vault_key_file, hint="give the copy that was kept of vault.key")
     async with open_store(target) as store:
         yield Access(MachineLog(store, machine_id, await _unwrapped(store, machine_id, vault_key, vault_key_file)))
 
 
-async def _unwrapped(store: PageBlobStore, machine_id: uuid.UUID, vault_key: bytes, path: Path) -> dict[int, bytes]:
-    if len(vault_key) != VAULT_KEY_BYTES:
-        raise PermanentError(f"{path} holds {len(vault_key)} bytes; a vault's key has {VAULT_KEY_BYTES}")
+def data_keys(key: MachineKey) -> dict[int, bytes]:
+    """All data keys that the config server gave, by key id."""
+    former = {key_number(each.key_id): each.data_key_bytes() for each in key.former_keys}
+    return {**former, key_number(key.key_id): key.data_key_bytes()}
+
+
+async def _unwrapped(store: PageBlobStore, machine_id: uuid.UUID, vault_key: VaultKey, path: Path) -> dict[int, bytes]:
+    """The data keys in the headers of the log's runs. Of one key there may be several wrapped forms; any will do."""
     keys: dict[int, bytes] = {}
+    unopened: set[int] = set()
     for run in await LogReader(store, machine_id, {}).runs():
         header = run.header
-        if header.key_id in keys:
-            continue
         try:
-            keys[header.key_id] = keywrap.aes_key_unwrap(vault_key, header.wrapped_key)
-        except keywrap.InvalidUnwrap:
-            raise PermanentError(
-                f"the vault's key in {path} does not open the data key of machine {machine_id}",
-                hint="it must be the key of the vault that the machine was enrolled with",
-                path=str(path),
-            ) from None
+            keys[header.key_id] = vault_key.unwrap(header.wrapped_key)
+        except CorruptionError:
+            unopened.add(header.key_id)
+    if unopened - keys.keys():
+        raise PermanentError(
+            f"the vault's key in {path} does not open the data key of machine {machine_id}",
+            hint="it must be the key of the vault that the machine was enrolled with, from after its last rotation",
+            path=str(path),
+        )
     return keys

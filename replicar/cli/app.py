@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import export, protection, recover, vault, verify
+from replicar.cli import (
+    arrangements,
+    circle,
+    export,
+    jobs,
+    keys,
+    mount,
+    protection,
+    recover,
+    rescue,
+    vault,
+    verify,
+)
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -38,13 +50,24 @@ for command in (
     vault.machines,
     vault.protect,
     protection.move,
+    protection.remove,
     vault.points,
     vault.tag,
     recover.recover,
     export.export,
+    mount.mount,
+    mount.unmount,
     verify.verify,
+    rescue.rescue,
+    keys.rotate_key,
+    keys.rewrap,
 ):
     app.command()(command)
+for step in circle.COMMANDS:
+    app.command()(step)
+app.command()(arrangements.alerts)
+for group in (jobs.app, arrangements.policy_app, arrangements.target_app):
+    app.add_typer(group)
 
 
 @app.command()

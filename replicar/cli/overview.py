@@ -16,15 +16,22 @@ from rich.table import Table
 from recovery.moments import format_moment
 from replicar.cli.console import duration, row, size, table
 from replicar.control.message import ErrorReport
-from replicar.control.messages import MachineState, MachineSummary, PointList, VaultStatus
+from replicar.control.messages import LifeState, MachineState, MachineSummary, PointList, VaultStatus
 
 NOT_STORING: Final = "not storing"
 _SHORT: Final = {
     str(MachineState.INITIAL_REPLICATION): "replicating",
     str(MachineState.RESYNCHRONISING): "resyncing",
 }
-
-
+#: Where a machine's state is what jobs made of it.
+ELSEWHERE: Final = frozenset(LifeState) - {
+    LifeState.UNPROTECTED,
+    LifeState.ENABLING,
+    LifeState.INITIAL_REPLICATION,
+    LifeState.WAITING_FOR_POINT,
+    LifeState.PROTECTED,
+    LifeState.RESYNCHRONISING,
+}
 #: Gaps that `points` shows; a machine under trace capture has one for each point.
 GAPS_SHOWN: Final = 10
 
@@ -65,6 +72,8 @@ def show_machine(console: Console, found: MachineSummary) -> None:
     row(made, "machine", found.name)
     row(made, "id", found.id)
     row(made, "state", found.state if found.storing else f"{found.state}, but {NOT_STORING}")
+    since = f" since {format_moment(found.life_since_ns)}" if found.life in ELSEWHERE else ""
+    row(made, "life", f"{found.life}{since}")
     row(made, "agent", f"{'online' if found.online else 'offline'}, last heard of {heard}")
     row(made, "process server", found.process_server or "-")
     row(made, "enrolled again", f"{found.incarnation} times")
@@ -133,7 +142,9 @@ def _machine_table(found: Iterable[MachineSummary]) -> Table:
 
 
 def _state(machine: MachineSummary) -> str:
-    """One word; what an agent said that is away is no news."""
+    """One word; what an agent said that is away is no news, nor is it where a job has taken the machine elsewhere."""
+    if machine.life in ELSEWHERE:
+        return machine.life
     if not machine.storing:
         return NOT_STORING
     if not machine.online and machine.state in set(MachineState) - {MachineState.STOPPED}:

@@ -64,12 +64,19 @@ def machines(
     run(as_json, every if name is None else one)
 
 
-def protect(machine: Machine, settings: SettingsFile = None, as_json: Json = False) -> None:
+def protect(
+    machine: Machine,
+    policy: Annotated[
+        str | None, typer.Option(help="The policy to protect it by: `replicar policy list`.", show_default=False)
+    ] = None,
+    settings: SettingsFile = None,
+    as_json: Json = False,
+) -> None:
     """Protect a machine: assign it to the least loaded process server. Doing it again changes nothing."""
 
     async def work(telling: Telling) -> None:
         async with load_settings(settings).control() as control:
-            found = await control.protect(machine)
+            found = await control.protect(machine, policy=policy)
 
         def show(console: Console) -> None:
             console.print(f"{escape(found.name)} is replicated through {escape(found.process_server or '?')}.")
@@ -97,7 +104,7 @@ def points(
     async def from_log(telling: Telling) -> None:
         access = open_machine(load_settings(settings), machine, vault_key_file=vault_key_file, machine_id=machine_id)
         async with access as opened:
-            found = _point_list(machine, opened.log.machine_id, await survey(opened.log))
+            found = points_of(machine, opened.log.machine_id, await survey(opened.log))
         telling.result(found.model_dump(mode="json"), lambda console: overview.show_points(console, found))
 
     run(as_json, from_config_server if vault_key_file is None else from_log)
@@ -171,7 +178,7 @@ async def _tag(
                 raise
 
 
-def _point_list(machine: str, machine_id: uuid.UUID, history: History) -> PointList:
+def points_of(machine: str, machine_id: uuid.UUID, history: History) -> PointList:
     """A log's own account of its points, in the config server's words."""
     stored = history.last.sequence if history.last is not None else 0
     first = next((gap.after for gap in history.gaps if gap.after is not None), None)

@@ -55,6 +55,7 @@ class Role(StrEnum):
     RECOVERY = "recovery"
     READER = "reader"
     OPERATOR = "operator"
+    AUDITOR = "auditor"
     ADMIN = "admin"
 
 

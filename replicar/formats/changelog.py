@@ -227,7 +227,7 @@ def _finish_staged(data: memoryview, offset: int, header: ChangeLogHeader, expec
     carries = (table["kind"] != frame.Kind.ZERO) & (table["kind"] != frame.Kind.DIRTY)
     payload_bytes = int(frame.payload_ends(table)[carries].max(initial=0))
     try:
-        frame.check_table(table, payload_bytes, sequence=first_sequence)
+        frame.check_table(table_bytes, payload_bytes, sequence=first_sequence)
         length = frame.seal_in_place(data[offset:], payload_bytes, table_bytes, header.machine_id, first_sequence)
     except (CorruptionError, LimitError):
         return None

@@ -71,6 +71,9 @@ AUDIT_DIGEST_BYTES: Final = 16
 _SHORT_TABLE: Final = 64
 _WRITE: Final = int(Kind.WRITE)
 _UNALIGNED_SECTOR: Final = SECTOR_BYTES - 1
+#: A descriptor without what no rule is about: disk and flags.
+_WRITES: Final = struct.Struct("<QQQI2xBx")
+assert _WRITES.size == DESCRIPTOR_BYTES
 MAX_RECORD_BYTES: Final = 4096
 
 
@@ -100,22 +103,23 @@ def begins_anew(table: Table) -> bool:
     return bool(first["kind"] == Kind.GAP and first["flags"] & Flag.GAP_BEGIN)
 
 
-def check_table(table: Table, payload_bytes: int, *, sequence: int = 0) -> None:
-    """Verify that a table is one that a sane agent can have written.
+def check_table(data: Buffer, payload_bytes: int, *, sequence: int = 0) -> None:
+    """Verify that a table, given as its bytes, is one that a sane agent can have written.
 
     Raises:
         CorruptionError: naming the first rule that is broken.
     """
-    if len(table) <= _SHORT_TABLE and _are_sane_writes(table, payload_bytes):
+    if len(data) <= _SHORT_TABLE * DESCRIPTOR_BYTES and _are_sane_writes(data, payload_bytes):
         return
+    table = table_view(data)
     if not _is_sane(table, payload_bytes):
         _name_broken_rule(table, payload_bytes, sequence)
 
 
-def _are_sane_writes(table: Table, payload_bytes: int) -> bool:
+def _are_sane_writes(data: Buffer, payload_bytes: int) -> bool:
     """All rules at once, for a short table; False also for one that is sane and holds more than writes."""
     before_ns = 0
-    for offset, length, time_ns, place, _, kind, _ in PACK_DESCRIPTOR.iter_unpack(table.tobytes()):
+    for offset, length, time_ns, place, kind in _WRITES.iter_unpack(data):
         if (
             kind != _WRITE
             or not 0 < length <= payload_bytes - place

@@ -58,6 +58,67 @@ class Fields:
             raise CorruptionError(f"{self._what} has more than numbers from 0 to {most} in {name!r}")
         return tuple(values)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a field of that name, and it is not null."""
+        return self._fields.get(name) is not None
+
+    def names(self) -> list[str]:
+        """The names of all fields, as they stand."""
+        return [name for name in self._fields if is_text(name)]
+
+    def flag(self, name: str) -> bool:
+        value = self._fields.get(name)
+        if not isinstance(value, bool):
+            raise CorruptionError(f"{self._what} has no flag {name!r}")
+        return value
+
+    def rows(self, name: str, columns: int) -> list[tuple[int, ...]]:
+        """A list of lists of `columns` whole numbers, maybe an empty one."""
+        values = self._fields.get(name)
+        if not isinstance(values, list):
+            raise CorruptionError(f"{self._what} has no list {name!r}")
+        for row in values:
+            if not isinstance(row, list) or len(row) != columns or not all(is_integer(n, MAX_INTEGER) for n in row):
+                raise CorruptionError(f"{self._what} has more than rows of {columns} numbers in {name!r}")
+        return [tuple(row) for row in values]
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts, maybe an empty one."""
+        values = self._fields.get(name)
+        if not isinstance(values, list) or not all(isinstance(value, str) and is_text(value) for value in values):
+            raise CorruptionError(f"{self._what} has no list {name!r} of texts")
+        return list(values)
+
+    def binary(self, name: str, length: int) -> bytes:
+        """So many bytes, in hexadecimal."""
+        try:
+            value = bytes.fromhex(self.text(name))
+        except ValueError:
+            value = b""
+        if len(value) != length:
+            raise CorruptionError(f"{self._what} has no {length} bytes {name!r}")
+        return value
+
+    def inner(self, name: str) -> Fields:
+        """The object of that name."""
+        return Fields.of(self._fields.get(name), f"{name!r} of {self._what}")
+
+    def each(self, name: str) -> list[Fields]:
+        """A list of objects, maybe an empty one."""
+        values = self._fields.get(name)
+        if not isinstance(values, list):
+            raise CorruptionError(f"{self._what} has no list {name!r}")
+        return [Fields.of(value, f"{name!r} of {self._what}") for value in values]
+
+    @classmethod
+    def of(cls, fields: object, what: str) -> Fields:
+        """What was decoded already."""
+        if not isinstance(fields, dict):
+            raise CorruptionError(f"{what} is no JSON object")
+        made = cls.__new__(cls)
+        made._what, made._fields = what, fields
+        return made
+
     def uuid(self, name: str) -> uuid.UUID:
         """A UUID in its one usual spelling."""
         text = self.text(name)

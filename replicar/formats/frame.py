@@ -25,7 +25,8 @@ import struct
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
 
 import xxhash
 
@@ -71,13 +72,12 @@ _HEADER = struct.Struct("<4sBBHII16sQQQQ")
 assert _HEADER.size == HEADER_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class FrameHeader:
-    """The first 64 bytes of a frame, decoded."""
+class FrameHeader(NamedTuple):
+    """The first 64 bytes of a frame, decoded. A tuple, since every frame needs one and a dataclass costs threefold."""
 
     machine_id: uuid.UUID
     first_sequence: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides a method of tuples that nobody wants of a header
     payload_bytes: int
     payload_checksum: int
     table_checksum: int
@@ -97,7 +97,8 @@ class FrameHeader:
 
     @property
     def frame_bytes(self) -> int:
-        return self.table_offset + self.count * DESCRIPTOR_BYTES
+        padding = -self.payload_bytes & (ALIGNMENT - 1)
+        return HEADER_BYTES + self.payload_bytes + padding + self.count * DESCRIPTOR_BYTES
 
     def pack(self) -> bytes:
         body = _HEADER.pack(
@@ -159,9 +160,8 @@ def read_header(data: Buffer, offset: int = 0) -> FrameHeader | None:
     if len(data) - offset < HEADER_BYTES:
         return None
     raw = bytes(data[offset : offset + HEADER_BYTES])
-    magic, version, codec, flags, payload_bytes, count, machine, first, payload_sum, table_sum, own = _HEADER.unpack(
-        raw
-    )
+    fields = _HEADER.unpack(raw)
+    magic, version, codec, flags, payload_bytes, count, machine, first, payload_sum, table_sum, own = fields
     if magic != MAGIC:
         raise _corrupt("no frame begins here", offset, magic=magic.hex())
     if xxhash.xxh3_64_intdigest(raw[:-8]) != own:
@@ -176,7 +176,7 @@ def read_header(data: Buffer, offset: int = 0) -> FrameHeader | None:
         raise _corrupt(f"the frame claims {count} descriptors and {payload_bytes} bytes", offset)
     if first == 0 or first + count - 1 > MAX_SEQUENCE:
         raise _corrupt(f"the frame claims {count} sequences from {first} on", offset)
-    return FrameHeader(uuid.UUID(bytes=machine), first, count, payload_bytes, payload_sum, table_sum)
+    return FrameHeader(_machine(machine), first, count, payload_bytes, payload_sum, table_sum)
 
 
 def read_frame(data: Buffer, offset: int = 0) -> Frame | None:
@@ -207,7 +207,7 @@ def read_body(header: FrameHeader, data: Buffer, offset: int = 0) -> Frame:
         raise _corrupt("the frame's table fails its checksum", offset, sequence=header.first_sequence)
     if xxhash.xxh3_64_intdigest(view[HEADER_BYTES:table_offset]) != header.payload_checksum:
         raise _corrupt("the frame's payload fails its checksum", offset, sequence=header.first_sequence)
-    check_table(table_view(table_bytes), header.payload_bytes, sequence=header.first_sequence)
+    check_table(table_bytes, header.payload_bytes, sequence=header.first_sequence)
     return Frame(header, view)
 
 
@@ -275,6 +275,12 @@ def frames_in(data: Buffer) -> Iterator[tuple[int, Frame]]:
             raise _corrupt("the run of frames ends within a frame", offset)
         yield offset, frame
         offset += frame.header.frame_bytes
+
+
+@lru_cache(maxsize=1024)
+def _machine(packed: bytes) -> uuid.UUID:
+    """A stream names its machine in every frame; making the object anew would cost as much as all else of a header."""
+    return uuid.UUID(bytes=packed)
 
 
 def _corrupt(what: str, offset: int, **fields: Any) -> CorruptionError:

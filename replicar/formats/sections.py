@@ -225,7 +225,7 @@ def _check_table(table: SegmentTable, count: int) -> None:
         raise CorruptionError(f"the table of segment {number} contradicts its header", number=number)
     for row, item in enumerate(headers):
         start, end = table.descriptor_starts[row : row + 2]
-        frame.check_table(table.descriptors[start:end], item.payload_bytes, sequence=item.first_sequence)
+        frame.check_table(table.descriptors[start:end].tobytes(), item.payload_bytes, sequence=item.first_sequence)
 
 
 def _frame_header(raw: bytes, number: int) -> FrameHeader:

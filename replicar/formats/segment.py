@@ -11,9 +11,9 @@ Header and table section, in the clear, are `sections`' matter.
 
 Keys: every segment has its own (see `cipher`), and nonces are places, so a nonce can't be used twice, even if a process
 server dies and seals the same frames again with other neighbours. A segment's table is sealed once and never again:
-`finish` refuses.
+`chain` refuses.
 
-What `finish` lets pass, `open_table` opens: a segment that nobody can read must not be stored and acknowledged.
+What `add_table` lets pass, `open_table` opens: a segment that nobody can read must not be stored and acknowledged.
 
 Position: what is sealed is bound, as associated data, to machine, epoch, run, number and sequence range; the table to
 the whole header. Headers name the digest of the segment before; a digest covers the header and the table's tag, the
@@ -77,6 +77,8 @@ __all__ = [
     "SealedChunks",
     "SegmentHeader",
     "SegmentTable",
+    "add_table",
+    "chain",
     "check_run",
     "finish",
     "index_bytes",
@@ -94,7 +96,10 @@ FIRST_DIGEST: Final = bytes(DIGEST_BYTES)  # what the very first segment of a ma
 class SealedChunks:
     """A segment whose chunks are sealed and whose place in the chain is still open; see `seal_chunks`."""
 
-    __slots__ = ("chunk_bytes", "chunks", "data_bytes", "finished", "key", "key_id", "out", "position", "raw", "salt")
+    __slots__ = (
+        *("chunk_bytes", "chunks", "data_bytes", "finished", "first_time_ns", "key", "key_id", "last_time_ns", "out"),
+        *("position", "raw", "salt", "table"),
+    )
 
     def __init__(
         self,
@@ -112,6 +117,8 @@ class SealedChunks:
         self.chunks: np.ndarray[Any, Any] = np.zeros(count, dtype=CHUNK_ENTRY)
         self.out = out
         self.data_bytes = 0
+        self.table = b""  # packed and compressed, not sealed; see `add_table`
+        self.first_time_ns = self.last_time_ns = 0
         self.finished = False
 
 
@@ -127,7 +134,7 @@ def seal_chunks(
     out: memoryview | None = None,
 ) -> SealedChunks:
     """Compress and seal the chunks of a run of frames: the heavy half of sealing, free of the chain, so several
-    segments can be at it at once (zstd and AES-GCM release the interpreter's lock).
+    segments can be at it at once (zstd and AES-GCM release the interpreter's lock, zstd once for all chunks).
 
     Copies: each byte is read once by zstd into a new buffer and written once by AES-GCM into its final place.
 
@@ -148,11 +155,13 @@ def seal_chunks(
     if out is None:
         out = memoryview(bytearray(MAX_SEGMENT_BYTES))
     sealed = SealedChunks(position, raw, cipher.segment_key(data_key, salt, position), key_id, salt, chunk_bytes, out)
+    chunks = [raw[start : start + chunk_bytes] for start in range(0, len(raw), chunk_bytes)]
+    packed: Any = compressor.multi_compress_to_buffer([*chunks], threads=1) if compressor is not None else None
     place = HEADER_BYTES
-    for index in range(len(sealed.chunks)):
-        chunk = raw[index * chunk_bytes : (index + 1) * chunk_bytes]
-        packed = compressor.compress(chunk) if compressor is not None else None
-        codec, body = (CODEC_ZSTD, packed) if packed is not None and len(packed) < len(chunk) else (CODEC_NONE, chunk)
+    for index, chunk in enumerate(chunks):
+        codec, body = CODEC_NONE, chunk
+        if packed is not None and len(packed[index]) < len(chunk):
+            codec, body = CODEC_ZSTD, memoryview(packed[index])
         end = place + len(body) + TAG_BYTES
         associated = cipher.chunk_data(position, index, len(chunk), codec)
         sealed.key.encrypt_into(cipher.nonce(index + 1), body, associated, out[place:end])
@@ -162,33 +171,54 @@ def seal_chunks(
     return sealed
 
 
-def finish(sealed: SealedChunks, frames: Sequence[tuple[int, Frame]], previous: bytes) -> tuple[memoryview, bytes]:
-    """Give a segment its place in the chain: seal the table, write the header.
+def add_table(sealed: SealedChunks, frames: Sequence[tuple[int, Frame]]) -> None:
+    """Make the table section, all but sealed: what of finishing is work, and needs no place in the chain.
 
     Args:
         frames: the run's frames with their offsets in it, as `frame.frames_in` gives them.
+
+    Raises:
+        LimitError: the table section is larger than a segment may be; `index_bytes` tells beforehand.
+        ValueError: the frames are not those that were sealed.
+    """
+    _check_frames(sealed, frames)
+    index = sections.pack_table(sealed.chunks, frames)
+    sealed.table = zstandard.ZstdCompressor(level=1).compress(index)
+    sealed.first_time_ns = int(frames[0][1].table["time_ns"][0])
+    sealed.last_time_ns = int(frames[-1][1].table["time_ns"][-1])
+    total = _total_bytes(sealed)
+    if total > MAX_SEGMENT_BYTES:
+        raise LimitError(f"a segment of {total} bytes; {MAX_SEGMENT_BYTES} is the limit")
+
+
+def finish(sealed: SealedChunks, frames: Sequence[tuple[int, Frame]], previous: bytes) -> tuple[memoryview, bytes]:
+    """`add_table` and `chain` in one."""
+    add_table(sealed, frames)
+    return chain(sealed, previous)
+
+
+def chain(sealed: SealedChunks, previous: bytes) -> tuple[memoryview, bytes]:
+    """Give a segment its place in the chain: seal the table, write the header. Quick enough for an event loop.
+
+    Args:
         previous: digest of the segment before (FIRST_DIGEST for the first of a machine).
 
     Returns:
         The segment's bytes (a multiple of 512, at most 4 MiB) and its digest.
 
     Raises:
-        LimitError: the table section is larger than a segment may be; `index_bytes` tells beforehand.
-        ValueError: the frames are not those that were sealed, or the segment was finished before.
+        ValueError: the segment has no table yet, or was finished before.
     """
     if sealed.finished:
         raise ValueError("a segment is finished once: its table's nonce must not be used again")
-    _check_frames(sealed, frames)
-    index = sections.pack_table(sealed.chunks, frames)
-    packed = zstandard.ZstdCompressor(level=1).compress(index)
+    if not sealed.table:
+        raise ValueError("a segment without a table")
+    packed, total = sealed.table, _total_bytes(sealed)
     table_offset = HEADER_BYTES + sealed.data_bytes
     table_bytes = len(packed) + TAG_BYTES
     end = table_offset + table_bytes
-    total = -(-end // ALIGNMENT) * ALIGNMENT
-    if total > MAX_SEGMENT_BYTES:
-        raise LimitError(f"a segment of {total} bytes; {MAX_SEGMENT_BYTES} is the limit")
     header = SegmentHeader(
-        *(sealed.position, int(frames[0][1].table["time_ns"][0]), int(frames[-1][1].table["time_ns"][-1])),
+        *(sealed.position, sealed.first_time_ns, sealed.last_time_ns),
         *(len(sealed.raw), sealed.chunk_bytes, len(sealed.chunks), sealed.data_bytes, table_bytes, total),
         *(sealed.key_id, sealed.salt, previous),
     ).pack()
@@ -270,6 +300,11 @@ def check_run(table: SegmentTable, raw: Buffer) -> None:
             raise CorruptionError(
                 f"segment {number} holds another frame at sequence {sequence} than its table says", number=number
             )
+
+
+def _total_bytes(sealed: SealedChunks) -> int:
+    end = HEADER_BYTES + sealed.data_bytes + len(sealed.table) + TAG_BYTES
+    return -(-end // ALIGNMENT) * ALIGNMENT
 
 
 def _check_frames(sealed: SealedChunks, frames: Sequence[tuple[int, Frame]]) -> None:

@@ -13,25 +13,27 @@ which nothing can be opened (a wrong key must not look like an empty log, or som
 
 A half-written stripe does not hide what lies in the others, since segments are written several at a time.
 
-Weak: the walk is from the beginning each time; `after` lets a caller go on from where it was. Of the newest run's last
-segments only the tables are known to be sound; whoever builds on the end takes it from `tail.sound_tail`.
+A walk begins at the first segment, or at a `Start`: what a checkpoint says of the log up to it (`start`), which spares
+reading what lies before, and is the only way into a log whose beginning was folded away.
+
+Weak: of the newest run's last segments only the tables are known to be sound; whoever builds on the end takes it from
+`tail.sound_tail`.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from replicar.errors import CorruptionError, PermanentError, TransientError
 from replicar.formats import frame, logblob, segment
 from replicar.formats.logblob import BlobHeader, BlobName
 from replicar.formats.segment import SegmentHeader, SegmentTable
-from replicar.storage.store import PageBlobStore, is_missing
+from replicar.log.stripe import GoneError, Stripe, read_listed
+from replicar.storage.store import PageBlobStore
 
-#: What one request reads at least; a table of a segment full of 4 KiB writes is about 20 KiB.
-WINDOW_BYTES: Final = 64 << 10
 #: How often blobs are listed anew when a listed one is gone: a writer whose start was refused takes its own back.
 LISTINGS: Final = 5
 
@@ -71,6 +73,18 @@ class Tail:
     damaged: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a walk may begin: behind `tail`, which writer `run` (epoch, run) put there.
+
+    `offsets`: for each stripe of that run that was met so far, where what comes next lies in it.
+    """
+
+    tail: Tail = Tail()
+    run: tuple[int, int] = (0, 0)
+    offsets: Mapping[str, int] = field(default_factory=dict)
+
+
 class LogReader:
     """Reads one machine's log.
 
@@ -80,14 +94,21 @@ class LogReader:
     """
 
     def __init__(self, store: PageBlobStore, machine_id: uuid.UUID, keys: Mapping[int, bytes]) -> None:
-        self._store = store
-        self._machine_id = machine_id
-        self._keys = keys
+        self.store = store
+        self.machine_id = machine_id
+        self.keys = keys
         self.tail = Tail()
         self.newest_first = 1  # the number that the newest run begins with, as of the last walk
+        self._run = (0, 0)
+        self._offsets: dict[str, int] = {}
 
-    async def runs(self) -> list[Run]:
-        """All runs in reading order; those that were made and never written are left out.
+    @property
+    def place(self) -> Start:
+        """Where the walk is: what a later one may begin with."""
+        return Start(self.tail, self._run, dict(self._offsets))
+
+    async def runs(self, *, since: tuple[int, int] = (0, 0)) -> list[Run]:
+        """All runs from (epoch, run) `since` on, in reading order; those that were never written are left out.
 
         Raises:
             CorruptionError: a blob whose header does not belong to its name.
@@ -95,22 +116,22 @@ class LogReader:
         """
         for _ in range(LISTINGS):
             try:
-                return await self._list_runs()
-            except _GoneError:
+                return await self._list_runs(since)
+            except GoneError:
                 continue
         raise self._unsteady()
 
-    async def _list_runs(self) -> list[Run]:
+    async def _list_runs(self, since: tuple[int, int]) -> list[Run]:
         by_run: dict[tuple[int, int], list[tuple[BlobName, int]]] = {}
-        for info in await self._store.list(logblob.log_prefix(self._machine_id)):
+        for info in await self.store.list(logblob.log_prefix(self.machine_id)):
             name = logblob.read_name(info.name)
-            if name is not None:
+            if name is not None and (name.epoch, name.run) >= since:
                 by_run.setdefault((name.epoch, name.run), []).append((name, info.size_bytes))
         runs = []
         for _, blobs in sorted(by_run.items()):
             blobs.sort()
             first = blobs[0][0]
-            header = logblob.read_header(await _read(self._store, str(first), 0, logblob.HEADER_BYTES))
+            header = logblob.read_header(await read_listed(self.store, str(first), 0, logblob.HEADER_BYTES))
             if header is None:
                 continue
             if header.name != first or first.stripe != 0:
@@ -119,7 +140,7 @@ class LogReader:
         return runs
 
     async def segments(
-        self, *, after: Tail | None = None, stored_number: int = 0, stored_digest: bytes | None = None
+        self, *, after: Start | None = None, stored_number: int = 0, stored_digest: bytes | None = None
     ) -> AsyncIterator[Segment]:
         """Every segment behind `after`, in order; `tail` says where the log ended once this is exhausted.
 
@@ -130,14 +151,15 @@ class LogReader:
             CorruptionError: the chain is broken, or the log ends before `stored_number`, or had another segment there.
             TransientError: blobs went away while they were read, again and again.
         """
-        self.tail = after or Tail()
+        start = after or Start()
+        self.tail, self._run, self._offsets = start.tail, start.run, dict(start.offsets)
         for _ in range(LISTINGS):
             try:
                 async for found in self._walk():
                     if found.number == stored_number and stored_digest not in (None, found.table.digest):
-                        raise replaced(found)
+                        raise replaced(found.number, found.blob)
                     yield found
-            except _GoneError:
+            except GoneError:
                 continue  # from where the walk is, over what is there now
             break
         else:
@@ -146,7 +168,7 @@ class LogReader:
             raise self._missing(f"segment {stored_number} was reported as stored")
 
     async def _walk(self) -> AsyncIterator[Segment]:
-        runs = await self._list_runs()
+        runs = await self._list_runs(self._run)
         starts = [run.header.first_number for run in runs]
         self.newest_first = starts[-1] if starts else 1
         for index, run in enumerate(runs):
@@ -163,7 +185,7 @@ class LogReader:
     async def read_chunk(self, found: Segment, index: int) -> bytes:
         """Fetch, decrypt, verify and decompress one chunk of a segment's run of frames."""
         start, end = (int(edge) for edge in found.table.chunk_offsets[index : index + 2])
-        sealed = await self._store.read(found.blob, found.offset + start, end - start)
+        sealed = await self.store.read(found.blob, found.offset + start, end - start)
         return segment.open_chunk(found.table, index, sealed, self._key(found.table.header.key_id))
 
     async def read_run(self, found: Segment) -> bytes:
@@ -172,7 +194,7 @@ class LogReader:
 
     async def read_sealed(self, found: Segment) -> bytes:
         """A segment's bytes before its table, as they are."""
-        return await self._store.read(found.blob, found.offset, found.table.header.table_offset)
+        return await self.store.read(found.blob, found.offset, found.table.header.table_offset)
 
     def open_run(self, found: Segment, data: bytes) -> bytes:
         """The run of frames in what `read_sealed` gave, every chunk verified; no I/O."""
@@ -183,7 +205,10 @@ class LogReader:
         return b"".join(segment.open_chunk(found.table, i, sealed[edges[i] : edges[i + 1]], key) for i in chunks)
 
     async def _run_segments(self, run: Run, until: int | None) -> AsyncIterator[Segment]:
-        stripes = [_Stripe(self._store, name, size) for name, size in run.stripes]
+        where = (run.header.name.epoch, run.header.name.run)
+        if where != self._run:
+            self._run, self._offsets = where, {}
+        stripes = [Stripe(self.store, name, size, self._offsets.get(name)) for name, size in run.stripes]
         reason, damaged = "a newer run goes on from there", False
         while until is None or self.tail.number + 1 < until:
             found = await self._next(run, stripes)
@@ -204,10 +229,11 @@ class LogReader:
             self._check_sequence(found)
             last = header.position.last_sequence
             self.tail = Tail(found.number, last, found.table.digest, "the newest segment so far")
+            self._offsets[found.blob] = found.offset + header.total_bytes
             yield found
         self.tail = Tail(self.tail.number, self.tail.sequence, self.tail.digest, reason, damaged)
 
-    async def _next(self, run: Run, stripes: Sequence[_Stripe]) -> Segment | CorruptionError | None:
+    async def _next(self, run: Run, stripes: Sequence[Stripe]) -> Segment | CorruptionError | None:
         """The wanted segment from whichever stripe has it; None if none has, or what is wrong with what is there.
 
         Raises:
@@ -233,7 +259,7 @@ class LogReader:
             return Segment(table, stripe.name, stripe.offset)
         return unsound
 
-    async def _check_end(self, stripes: Sequence[_Stripe], unsound: CorruptionError | None) -> None:
+    async def _check_end(self, stripes: Sequence[Stripe], unsound: CorruptionError | None) -> None:
         if unsound is not None and self.tail.number == 0:
             raise unsound
         limit = self.tail.number + 1 + logblob.MAX_UNDER_WAY
@@ -248,9 +274,9 @@ class LogReader:
                     blob=stripe.name,
                 )
 
-    def _check_place(self, run: Run, header: SegmentHeader, stripe: _Stripe) -> None:
+    def _check_place(self, run: Run, header: SegmentHeader, stripe: Stripe) -> None:
         position, name = header.position, run.header.name
-        if position.machine_id != self._machine_id or (position.epoch, position.run) != (name.epoch, name.run):
+        if position.machine_id != self.machine_id or (position.epoch, position.run) != (name.epoch, name.run):
             raise CorruptionError(
                 f"segment {position.number} in {stripe.name} is run {position.epoch:08x}-{position.run:08x} of machine "
                 f"{position.machine_id}",
@@ -273,26 +299,26 @@ class LogReader:
 
     def _key(self, key_id: int) -> bytes:
         try:
-            return self._keys[key_id]
+            return self.keys[key_id]
         except KeyError:
             raise PermanentError(
-                f"machine {self._machine_id} has data under key {key_id}, which is not at hand",
+                f"machine {self.machine_id} has data under key {key_id}, which is not at hand",
                 hint="fetch the machine's keys from the config server again",
                 key_id=key_id,
             ) from None
 
     def _unsteady(self) -> TransientError:
         return TransientError(
-            f"blobs of the log of machine {self._machine_id} come and go while it is read ({LISTINGS} tries)",
+            f"blobs of the log of machine {self.machine_id} come and go while it is read ({LISTINGS} tries)",
             hint="process servers fight for this machine; try again when it is settled who serves it",
-            machine_id=str(self._machine_id),
+            machine_id=str(self.machine_id),
         )
 
     def _missing(self, why: str) -> CorruptionError:
         number = self.tail.number + 1
         if number == 1:
             return CorruptionError(
-                f"nothing of machine {self._machine_id} can be recovered from this container: the beginning of its log "
+                f"nothing of machine {self.machine_id} can be recovered from this container: the beginning of its log "
                 f"is not in it, but {why}",
                 hint="check that it is the right container; if it was deleted, bring it back (soft delete); if the "
                 "machine was enrolled again to begin anew, wait until initial replication is complete",
@@ -300,79 +326,18 @@ class LogReader:
                 last_sequence=0,
             )
         return CorruptionError(
-            f"the log of machine {self._machine_id} ends before segment {number} ({self.tail.reason}), but {why}",
+            f"the log of machine {self.machine_id} ends before segment {number} ({self.tail.reason}), but {why}",
             hint=f"points up to sequence {self.tail.sequence} can still be recovered",
             number=number,
             last_sequence=self.tail.sequence,
         )
 
 
-class _Stripe:
-    """A place in a blob, and the window of it that was read last."""
-
-    def __init__(self, store: PageBlobStore, name: str, size_bytes: int) -> None:
-        self.name = name
-        self.offset = logblob.HEADER_BYTES
-        self._store = store
-        self._size = size_bytes
-        self._window, self._window_offset = b"", 0
-
-    async def seek(self, number: int) -> SegmentHeader | None:
-        """Go to segment `number`; its header, or None if the next one here has a higher number, or nothing is here.
-
-        Raises:
-            CorruptionError: something lies on the way that is no segment.
-        """
-        while self.offset + segment.HEADER_BYTES <= self._size:
-            header = segment.read_header(await self.read(self.offset, segment.HEADER_BYTES))
-            if header is None or header.position.number >= number:
-                return header if header is not None and header.position.number == number else None
-            self.offset += header.total_bytes
-        return None
-
-    async def highest(self, limit: int) -> int:
-        """The highest number from the current place on, as far as segments can be walked and up to `limit`; or 0."""
-        number = 0
-        try:
-            while self.offset + segment.HEADER_BYTES <= self._size and number < limit:
-                header = segment.read_header(await self.read(self.offset, segment.HEADER_BYTES))
-                if header is None:
-                    break
-                number = max(number, header.position.number)
-                self.offset += header.total_bytes
-        except CorruptionError:
-            pass  # something else lies there; what was seen before counts
-        return number
-
-    async def read(self, offset: int, length: int) -> bytes:
-        start = offset - self._window_offset
-        if start < 0 or start + length > len(self._window):
-            wanted = min(max(length, WINDOW_BYTES), self._size - offset)
-            if wanted < length:
-                raise CorruptionError(f"a segment of {self.name} reaches beyond the blob's end", blob=self.name)
-            self._window, self._window_offset = await _read(self._store, self.name, offset, wanted), offset
-            start = 0
-        return self._window[start : start + length]
-
-
-class _GoneError(Exception):
-    """A blob that was listed is not there any more: a signal within this module."""
-
-
-async def _read(store: PageBlobStore, name: str, offset: int, length: int) -> bytes:
-    try:
-        return await store.read(name, offset, length)
-    except PermanentError as error:
-        if is_missing(error):
-            raise _GoneError from error
-        raise
-
-
-def replaced(found: Segment) -> CorruptionError:
+def replaced(number: int, blob: str) -> CorruptionError:
     """The log holds another segment than the one that was stored there."""
     return CorruptionError(
-        f"segment {found.number} is not the one that was reported as stored",
+        f"segment {number} is not the one that was reported as stored",
         hint="an older state of the log was put back; recover to a point before it",
-        number=found.number,
-        blob=found.blob,
+        number=number,
+        blob=blob,
     )

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 from replicar.errors import CorruptionError
 from replicar.formats import logblob, segment
+from replicar.log.index import open_index
 from replicar.log.reader import LogReader, Segment, Tail, replaced
 
 
@@ -41,15 +42,19 @@ class Stored:
 async def sound_tail(reader: LogReader, stored: Stored) -> Tail:
     """Walk the log and verify its end. `stored` beyond the end is no error here: the caller knows what that means.
 
+    The walk begins at the newest checkpoint before the segment that is known to be stored.
+
     Raises:
         CorruptionError: what is known to be stored is damaged, or another segment is in its place.
         TransientError, PermanentError: storage.
     """
     suspects: deque[tuple[Tail, Segment]] = deque(maxlen=logblob.MAX_UNDER_WAY)
-    before = Tail()
-    async for found in reader.segments():
+    index = await open_index(reader.store, reader.machine_id, reader.keys)
+    start = await index.start(before=stored.number or None)
+    before = start.tail
+    async for found in reader.segments(after=start):
         if found.number == stored.number and stored.digest not in (b"", found.table.digest):
-            raise replaced(found)
+            raise replaced(found.number, found.blob)
         if found.number >= max(reader.newest_first, stored.number):
             suspects.append((before, found))
         before = reader.tail

@@ -65,11 +65,11 @@ def answer_error(
         return fenced(doing, container, blob, code or "precondition failed")
     if code in ("BlobAlreadyExists", "ContainerAlreadyExists"):
         return conflict(container, blob)
-    if status in (401, 403):
+    if status in (401, 403) or code == "InvalidAuthenticationInfo":
         return PermanentError(
             f"could not {doing}: the storage service refuses our credentials for {place} ({status} {code})".rstrip(),
-            hint="check that the account key or shared access signature is this account's, not expired, may do this, "
-            "and that this machine's clock is right",
+            hint="check that the account key, shared access signature or identity is this account's, not expired, may "
+            "do this, and that this machine's clock is right",
             reason="forbidden",
             **facts,
         )

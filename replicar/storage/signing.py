@@ -1,10 +1,11 @@
-"""What makes a request ours: an account's key or a shared access signature, put on one request. Pure but for the time.
+"""What makes a request ours: an account's key, a shared access signature, or an identity's token, put on one request.
 
 Microsoft's client signs too, but only what goes through its pipeline, which costs more than the bytes of a segment
 do (see `uplink`). The rules are those of "Authorize with Shared Key": the verb, a few headers, all `x-ms-` headers by
 name, and the path with its query, joined by newlines and hashed with the key.
 
-Both credentials may be renewed while in use (their objects say so), so they are read for every request.
+The first two may be renewed while in use (their objects say so), so they are read for every request; a token is asked
+for again some minutes before it ends.
 """
 
 from __future__ import annotations
@@ -15,9 +16,16 @@ import hmac
 import time
 from collections.abc import Callable, Mapping
 from email.utils import formatdate
-from typing import Protocol
+from typing import Final, Protocol
 
-from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
+from azure.core.credentials import AccessToken, AzureNamedKeyCredential, AzureSasCredential
+
+from replicar.storage.entra import SCOPE, TokenCredential
+
+#: Before a token ends; azure-identity itself begins to renew it as early.
+RENEW_SECONDS: Final = 300.0
+
+Credential = AzureNamedKeyCredential | AzureSasCredential | TokenCredential
 
 
 class Signer(Protocol):
@@ -60,13 +68,31 @@ class SharedAccess:
         return f"{_joined(query)}&{self._credential.signature.lstrip('?')}"
 
 
-def signer_for(credential: object) -> Signer | None:
-    """Who signs with such a credential; None if only Microsoft's client knows it."""
+class Bearer:
+    """Sends an identity's token along."""
+
+    def __init__(self, credential: TokenCredential, *, now: Callable[[], float] = time.time) -> None:
+        self._credential = credential
+        self._now = now
+        self._token: AccessToken | None = None
+
+    async def sign(
+        self, method: str, path: str, query: Mapping[str, str], headers: dict[str, str], content_length: int
+    ) -> str:
+        if self._token is None or self._token.expires_on - self._now() < RENEW_SECONDS:
+            self._token = await self._credential.get_token(SCOPE)
+        headers["x-ms-date"] = formatdate(self._now(), usegmt=True)
+        headers["authorization"] = f"Bearer {self._token.token}"
+        return _joined(query)
+
+
+def signer_for(credential: Credential) -> Signer:
+    """Who signs with such a credential."""
     if isinstance(credential, AzureNamedKeyCredential):
         return SharedKey(credential)
     if isinstance(credential, AzureSasCredential):
         return SharedAccess(credential)
-    return None
+    return Bearer(credential)
 
 
 def string_to_sign(

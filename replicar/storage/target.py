@@ -1,9 +1,9 @@
 """Where page blobs go: the settings of a storage account, checked before anything is sent.
 
-The credential is exactly one of: the account's key, a shared access signature, a connection string. Each may stand in
-the settings (from the environment, say) or, better, in a file that the settings name, since a file can be kept from
-others and does not show in a process's environment. Secrets are `SecretStr`, so neither `repr` nor an error shows them;
-what a file held is read when the store is opened and not kept here.
+The credential is exactly one of: the account's key, a shared access signature, a connection string, an Azure identity
+of this host. Secrets may stand in the settings (from the environment, say) or, better, in a file that the settings
+name, since a file can be kept from others and does not show in a process's environment. Secrets are `SecretStr`, so
+neither `repr` nor an error shows them; what a file held is read when the store is opened and not kept here.
 
 Settings that can't be honoured are refused with a `PermanentError` that says which and why, never ignored.
 """
@@ -26,8 +26,11 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from replicar.clock import Clock, SystemClock
 from replicar.errors import PermanentError
+from replicar.storage.entra import Kind, credential
 from replicar.storage.limits import LimitedStore
 from replicar.storage.retry import DEFAULT_POLICY, RetryingStore, RetryPolicy
+from replicar.storage.route import Route, basic, check_connect_to, check_proxy
+from replicar.storage.signing import Credential
 from replicar.storage.store import PageBlobStore
 
 #: A credential file longer than this is some other file.
@@ -39,7 +42,7 @@ _KINDS = ("account_key", "shared_access_signature", "connection_string")
 @dataclass(frozen=True, slots=True)
 class _Access:
     url: str
-    credential: AzureNamedKeyCredential | AzureSasCredential
+    credential: Credential
 
 
 class StorageTarget(BaseModel):
@@ -58,6 +61,15 @@ class StorageTarget(BaseModel):
     shared_access_signature_file: Path | None = None
     connection_string: SecretStr | None = None
     connection_string_file: Path | None = None
+    identity: Annotated[
+        Kind | None, Field(description="an Azure identity of this host instead of a secret: default, managed, workload")
+    ] = None
+    identity_client_id: Annotated[str | None, Field(description="which identity, where this host has several")] = None
+    proxy: Annotated[str | None, Field(description="HTTP proxy to go through by CONNECT, http://HOST:PORT")] = None
+    proxy_credentials_file: Annotated[Path | None, Field(description="NAME:PASSWORD for the proxy; mode 0600")] = None
+    connect_to: Annotated[
+        str | None, Field(description="address of a private endpoint, where DNS does not know it; TLS checks the name")
+    ] = None
     authority_file: Annotated[
         Path | None, Field(description="PEM certificate(s) to believe instead of the system's; for Azure Stack Hub")
     ] = None
@@ -68,11 +80,12 @@ class StorageTarget(BaseModel):
     @model_validator(mode="after")
     def _make_sense(self) -> Self:
         given = [name for kind in _KINDS for name in (kind, f"{kind}_file") if getattr(self, name) is not None]
+        given += ["identity"] if self.identity is not None else []
         if len(given) != 1:
             raise PermanentError(
                 "storage: there is no credential" if not given else f"storage: {' and '.join(given)} are both set",
                 hint="set exactly one of account_key_file, shared_access_signature_file and connection_string_file "
-                "(or one of them without _file)",
+                "(or one of them without _file), or identity",
             )
         if len(self.container) > 63 or len(self.container) < 3 or not _CONTAINER.fullmatch(self.container):
             raise PermanentError(
@@ -91,7 +104,27 @@ class StorageTarget(BaseModel):
             check_endpoint(self.endpoint)
             if given[0].startswith("account_key") and not self.account_name:
                 raise PermanentError("storage: an account key needs account_name")
+            if given == ["identity"] and not self.endpoint.startswith("https:"):
+                raise PermanentError("storage: an identity's token is sent over https only")
+        self._check_route()
         return self
+
+    def _check_route(self) -> None:
+        if self.identity_client_id is not None and self.identity is None:
+            raise PermanentError("storage: identity_client_id goes with identity")
+        if self.proxy_credentials_file is not None and self.proxy is None:
+            raise PermanentError("storage: proxy_credentials_file goes with proxy")
+        if self.proxy is not None and self.connect_to is not None:
+            raise PermanentError(
+                "storage: proxy and connect_to are both set",
+                hint="leave connect_to out: the proxy finds the address",
+            )
+        if self.proxy is not None:
+            check_proxy(self.proxy)
+        if self.connect_to is not None:
+            if self.endpoint is None:
+                raise PermanentError("storage: connect_to goes with endpoint, not with a connection string")
+            check_connect_to(self.connect_to, self.endpoint)
 
     def access(self) -> _Access:
         """Endpoint and credential, read from the files that the settings name.
@@ -99,6 +132,8 @@ class StorageTarget(BaseModel):
         Raises:
             PermanentError: a file is missing, empty, or does not hold what it should.
         """
+        if self.identity is not None:
+            return _Access((self.endpoint or "").rstrip("/"), credential(self.identity, self.identity_client_id))
         kind, secret = self._secret()
         if kind == "connection_string":
             return _read_connection_string(secret)
@@ -119,6 +154,21 @@ class StorageTarget(BaseModel):
             ) from error
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # what Azure Stack Hub speaks
         return context
+
+    def route(self) -> Route:
+        """How connections are made.
+
+        Raises:
+            PermanentError: the proxy's credentials can't be read.
+        """
+        authorization = None
+        if self.proxy_credentials_file is not None:
+            name = "proxy_credentials_file"
+            text = _filled(_read_secret(self.proxy_credentials_file, name), f"{name} {self.proxy_credentials_file}")
+            if ":" not in text:
+                raise PermanentError(f"storage: {name} {self.proxy_credentials_file} holds no NAME:PASSWORD")
+            authorization = basic(text)
+        return Route(self.proxy, authorization, self.connect_to)
 
     def _secret(self) -> tuple[str, str]:
         for kind in _KINDS:
@@ -152,7 +202,10 @@ def open_store(
     access = target.access()
     try:
         azure = AzureBlobStore(
-            access.url, target.container, access.credential, trust=target.trust(), api_version=target.api_version
+            *(access.url, target.container, access.credential),
+            trust=target.trust(),
+            api_version=target.api_version,
+            route=target.route(),
         )
     except ValueError as error:
         raise PermanentError(

@@ -18,6 +18,8 @@ from typing import Any, Final
 import aiohttp
 from azure.core.pipeline.transport import AioHttpTransport
 
+from replicar.storage.route import STRAIGHT, Fixed, Route
+
 #: Connections a store keeps to the service: four uploads for each of a few machines, and readers.
 MAX_CONNECTIONS: Final = 32
 
@@ -41,13 +43,15 @@ class OneRequestTransport(AioHttpTransport):  # type: ignore[misc]  # azure.core
 
     Args:
         trust: whom to believe; None only for plain HTTP.
+        route: how connections are made.
         config: `connection_timeout` and `read_timeout`, in seconds.
     """
 
     session: aiohttp.ClientSession | None
 
-    def __init__(self, trust: ssl.SSLContext | None, **config: Any) -> None:
+    def __init__(self, trust: ssl.SSLContext | None, route: Route = STRAIGHT, **config: Any) -> None:
         super().__init__(**config)
+        self._route = route
         self._trust = trust
         self._opened = False
 
@@ -56,7 +60,11 @@ class OneRequestTransport(AioHttpTransport):  # type: ignore[misc]  # azure.core
         if self.session is None and not self._opened:
             self._opened = True
             self.session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS, ssl=self._trust or True),
+                connector=aiohttp.TCPConnector(
+                    limit=MAX_CONNECTIONS,
+                    ssl=self._trust or True,
+                    resolver=Fixed(self._route.connect_to) if self._route.connect_to is not None else None,
+                ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 middlewares=(once,),
@@ -64,7 +72,9 @@ class OneRequestTransport(AioHttpTransport):  # type: ignore[misc]  # azure.core
         await super().open()
 
     async def send(self, request: Any, *, stream: bool = False, proxies: Any = None, **config: Any) -> Any:
-        response = await super().send(request, stream=False, proxies=proxies, **config)
+        if self._route.proxy is not None:
+            config |= {"proxy": self._route.proxy, "proxy_headers": self._route.proxy_headers()}
+        response = await super().send(request, stream=False, proxies=None, **config)
         if request.method == "GET":
             response.headers.pop("x-ms-blob-type", None)
         return response

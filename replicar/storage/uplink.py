@@ -29,6 +29,7 @@ from urllib.parse import quote, urlsplit
 
 from replicar.storage.line import Line
 from replicar.storage.reply import Reply
+from replicar.storage.route import STRAIGHT, Route
 from replicar.storage.signing import Signer
 from replicar.storage.store import Pages
 
@@ -50,6 +51,7 @@ class Uplink:
         account_url: as `AzureBlobStore` takes it.
         trust: None for plain HTTP.
         version: of the service's interface.
+        route: how connections are made.
         request_seconds: when a request is given up.
     """
 
@@ -62,6 +64,7 @@ class Uplink:
         trust: ssl.SSLContext | None,
         version: str,
         request_seconds: float,
+        route: Route = STRAIGHT,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         parts = urlsplit(account_url)
@@ -69,7 +72,7 @@ class Uplink:
         self._host, self._is_tls = parts.hostname, parts.scheme == "https"
         self._port = parts.port or (443 if self._is_tls else 80)
         self._place, self._path = parts.netloc, f"{parts.path.rstrip('/')}/{container}"
-        self._signer, self._version = signer, version
+        self._signer, self._version, self._route = signer, version, route
         self._trust = (trust or ssl.create_default_context()) if self._is_tls else None
         self._seconds, self._now = request_seconds, now
         self._lanes = asyncio.Semaphore(MAX_LANES)
@@ -140,12 +143,14 @@ class Uplink:
         failure: OSError | None = None
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                places = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+                hop, port = self._route.first_hop(self._host, self._port)
+                places = await loop.getaddrinfo(hop, port, type=socket.SOCK_STREAM)
                 for family, kind, protocol, _, address in places:
                     plain = socket.socket(family, kind, protocol)
                     plain.setblocking(False)
                     try:
                         await loop.sock_connect(plain, address)
+                        await self._route.through(plain, self._host, self._port)
                     except OSError as error:
                         plain.close()
                         failure = error

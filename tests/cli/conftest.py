@@ -19,11 +19,11 @@ from replicar.cli import app
 from replicar.control.keys import key_number
 from replicar.storage import PageBlobStore, StorageTarget, open_store
 from simulator.azurite import Azurite
-from tests.config_server.conftest import cast, clock, founded, house, vault_directory
+from tests.config_server.conftest import cast, clock, founded, house, protected, vault_directory, worker
 from tests.config_server.support import Cast
 from tests.recovery.log_builder import LogBuilder
 
-__all__ = ["cast", "clock", "founded", "house", "vault_directory"]
+__all__ = ["cast", "clock", "founded", "house", "protected", "vault_directory", "worker"]
 
 SECTOR = 512
 SIZES = (300 * SECTOR, 40 * SECTOR)
@@ -70,6 +70,15 @@ class Stored:
     points: dict[str, int]
 
 
+def operator_settings(cast: Cast, directory: Path, storage: str = "") -> Operator:
+    """An operator whose settings file is in `directory`."""
+    settings = directory / "replicar.toml"
+    settings.write_text(
+        f'identity = "{cast.house.directory}/operator"\nconfig_server = "{cast.house.address}"\n{storage}'
+    )
+    return Operator(settings, {"XDG_CONFIG_HOME": str(directory / "config"), "COLUMNS": "200"})
+
+
 @pytest.fixture
 def target(azurite: Azurite, container_name: str) -> StorageTarget:
     fields = {
@@ -95,10 +104,7 @@ def operator(cast: Cast, azurite: Azurite, container_name: str, tmp_path: Path) 
     key_file.touch(mode=0o600)
     key_file.write_text(azurite.account_key)
     key_file.chmod(0o600)
-    settings = tmp_path / "replicar.toml"
-    settings.write_text(
-        f'identity = "{cast.house.directory}/operator"\n'
-        f'config_server = "{cast.house.address}"\n'
+    storage = (
         "[storage]\n"
         f'endpoint = "{azurite.blob_endpoint}"\n'
         f'account_name = "{azurite.account_name}"\n'
@@ -106,7 +112,7 @@ def operator(cast: Cast, azurite: Azurite, container_name: str, tmp_path: Path) 
         f'authority_file = "{azurite.authority_file}"\n'
         f'container = "{container_name}"\n'
     )
-    return Operator(settings, {"XDG_CONFIG_HOME": str(tmp_path / "config"), "COLUMNS": "200"})
+    return operator_settings(cast, tmp_path, storage)
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ async def test_another_vaults_key_is_refused(operator: Operator, stored: Stored,
     assert "does not open the data key" in ended.json["message"]
     write_file(tmp_path / "short.key", b"short")
     short = await operator("verify", "db1", "--vault-key-file", tmp_path / "short.key", *rescue[2:], "--json")
-    assert "holds 5 bytes" in short.json["message"]
+    assert "is 5 bytes, not 32" in short.json["message"]
 
 
 async def test_as_a_process_it_prints_one_json_object_and_ends_with_the_errors_status(

@@ -1,8 +1,10 @@
-"""Points of a disk under everything at once: a database, files made and removed, direct writes, discards.
+"""Points of a disk under everything at once: a database, files made and removed, a file that is written, mapped, cut
+and punched and checked all the while (`fsx`), fio's direct writes, discards.
 
-Each point is recovered and held against what the disk was: byte for byte where nothing moved when it was made, by the
-file system's own check, and by the database, which has to start, find its indexes sound, and have every commit that it
-had acknowledged and none that came later.
+Each point is recovered and held against what the disk was when it was frozen for it, byte for byte; by the file
+system's own check; and by the database, which has to start, find its indexes sound, and have every commit that it had
+acknowledged and none that came later. A disk that is shown as a file is frozen by the test. A traced one is frozen by
+the agent itself, beside which a witness looks at it then (`witness`).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import asyncio
 import hashlib
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,27 +23,32 @@ from pathlib import Path
 import pytest
 
 from simulator.cluster import Cluster
+from tests.end_to_end import witness
 from tests.end_to_end.test_application import Commits
 from tests.end_to_end.test_trace import DISK, SETTINGS, whole
 from tests.mobility_agent.fuse.stage import looped, make_filesystem, mounted
 from tests.mobility_agent.trace.rig import Churn, run
+from tests.support import fsx
 from tests.support.databases import PostgreSQL, postgresql, postgresql_programs
 from tests.support.tools import need
 
-pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(480)]
 
 MIB = 1 << 20
 DISK_BYTES = 384 * MIB
 #: A hundred points make a log of some GB, which every recovery reads from its beginning.
 RECOVER_SECONDS = 600.0
+#: What a witness, who reads all of the disk, adds to a freeze on a machine that is busy.
+BUDGET_SECONDS = 20.0
+TRIM_EVERY = 5
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What was known when a point was made: the disk's digest (None: it was moving), and which commit is the last."""
+    """What was known when a point was made: the frozen disk's digest, and which commit is the last."""
 
     name: str
-    digest: str | None
+    digest: str
     earliest: int
     latest: int
 
@@ -88,10 +96,14 @@ async def _shown(cluster: Cluster, image: Path, where: Path, commits: Commits, n
 
 
 async def _traced(cluster: Cluster, image: Path, where: Path, commits: Commits, name: str) -> Kept:
-    """A point of a traced disk, for which the agent freezes it."""
+    """A point of a traced disk, for which the agent freezes it; it makes no other ones."""
     before = commits.acknowledged
     (await cluster.replicar("tag", cluster.machine, name)).require()
-    return Kept(name, None, before, commits.acknowledged + 1)
+    return Kept(name, witness.seen(_notes(image))[DISK], before, commits.acknowledged + 1)
+
+
+def _notes(image: Path) -> Path:
+    return image.with_suffix(".seen")
 
 
 async def _story(directory: Path, place: Path, *, capture: str, kind: str, points: int) -> None:
@@ -105,7 +117,9 @@ async def _story(directory: Path, place: Path, *, capture: str, kind: str, point
             disk = closing.enter_context(looped(image))
             make_filesystem(kind, disk)
             closing.enter_context(mounted(disk, where))
-            cluster = Cluster(directory, disks={DISK: disk}, agent_settings=SETTINGS)
+            program = (sys.executable, witness.__file__, _notes(image))
+            settings = {**SETTINGS, "freeze_budget_seconds": BUDGET_SECONDS, "mark_every_seconds": 0}
+            cluster = Cluster(directory, disks={DISK: disk}, agent_settings=settings, agent_program=program)
         else:
             cluster = Cluster(directory, disks={DISK: image}, files={DISK: file})
         async with cluster:
@@ -123,10 +137,11 @@ async def _story(directory: Path, place: Path, *, capture: str, kind: str, point
             point = _traced if capture == "trace" else _shown
             with postgresql(where / "data", place / "run") as server, pgbench(server), Commits(server) as commits:
                 for number in range(points):
-                    with Churn([where], seed=number):
+                    with Churn([where], seed=number), fsx.exercised(where / "exercised", seed=number):
                         await asyncio.sleep(0.3)
                         kept.append(await point(cluster, image, where, commits, f"p{number}"))
-            await asyncio.to_thread(run, "fstrim", where)
+                    if number % TRIM_EVERY == 0:
+                        await asyncio.to_thread(run, "fstrim", where)
             if capture != "trace":
                 await asyncio.to_thread(closing.close)  # while there is an agent that answers
             (await cluster.replicar("tag", cluster.machine, "last", "--wait-stored")).require()
@@ -140,8 +155,7 @@ async def _story(directory: Path, place: Path, *, capture: str, kind: str, point
 
 def _judge(image: Path, kind: str, kept: Kept, place: Path) -> None:
     """Hold a recovered disk against what was known; it is used up by that."""
-    if kept.digest is not None:
-        assert hashlib.sha256(image.read_bytes()).hexdigest() == kept.digest, kept.name
+    assert hashlib.sha256(image.read_bytes()).hexdigest() == kept.digest, kept.name
     with looped(image) as device:
         if kind == "ext4":
             run(need("e2fsck"), "-fp", device)  # as at a boot: the journal is replayed, nothing else is mended
@@ -151,7 +165,7 @@ def _judge(image: Path, kind: str, kept: Kept, place: Path) -> None:
             with postgresql(where / "data", place / "run-again") as server:
                 server.sql("CREATE EXTENSION amcheck")
                 server.sql("SELECT bt_index_check(c.oid, true) FROM pg_class c WHERE relkind = 'i' AND relam = 403")
-                count, last = map(int, server.sql("SELECT count(*), max(n) FROM commits").split("|"))
+                count, last = map(int, server.sql("SELECT count(*), coalesce(max(n), 0) FROM commits").split("|"))
         if kind == "xfs":
             run("xfs_repair", "-n", device)
     assert count == last, kept.name
@@ -161,6 +175,10 @@ def _judge(image: Path, kind: str, kept: Kept, place: Path) -> None:
 
 async def test_points_of_a_disk_that_is_shown_as_a_file(tmp_path: Path, place: Path) -> None:
     await _story(tmp_path, place, capture="file", kind="xfs", points=2)
+
+
+async def test_points_of_a_disk_that_stays_where_it_is(tmp_path: Path, place: Path) -> None:
+    await _story(tmp_path, place, capture="trace", kind="ext4", points=1)
 
 
 @pytest.mark.soak

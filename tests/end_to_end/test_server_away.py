@@ -1,10 +1,16 @@
-"""The process server is away while ten times the journal is written: nobody waits, the stream says so, and it mends."""
+"""The process server is away while ten times the journal is written: nobody waits, the stream says so, and it mends.
+
+How long a write waits is the whole machine's affair, so the bound is held twice. By default beside other tests, with a
+floor that only a wait for the server would pass; and, as a soak, by itself: the same load in turns with and without the
+server, and the median of the rounds' p99 without it is at most twice that with it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import random
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +33,11 @@ BUSY_BYTES = 8 * MIB
 #: A write that waits less than this is not waiting for the server: tests beside this one make that much noise. Alone on
 #: two cores it was 6 ms before and 2 ms while it was away; one that waited for room in the log would wait for seconds.
 FLOOR_SECONDS = 0.100
+#: The same where nothing else runs: less than this is scheduling, whoever is waited for.
+QUIET_FLOOR_SECONDS = 0.004
+#: Turns with and without the server, and their writes a second, which the server keeps up with.
+ROUNDS = 5
+ROUND_RATE = 150.0
 
 
 async def _write(
@@ -112,3 +123,24 @@ async def test_ten_journals_are_written_while_the_server_is_away_and_order_comes
 @pytest.mark.soak
 async def test_a_hundred_journals_are_written_while_the_server_is_away(tmp_path: Path) -> None:
     await _away(tmp_path, 100)
+
+
+@pytest.mark.soak
+async def test_without_the_server_no_write_waits_longer_than_twice_the_usual(tmp_path: Path) -> None:
+    draw, usual, away = random.Random(32), [], []
+    settings = {"journal_bytes": JOURNAL_BYTES, "journal_file_bytes": 4 * MIB, "audit_bytes_per_second": 0}
+    async with stage(tmp_path, agent_settings=settings) as running:
+        cluster = running.cluster
+        async with await NbdClient.connect(cluster.nbd(DISK), export=DISK) as client:
+            for number in range(ROUNDS):
+                count = 10 * JOURNAL_BYTES // WRITE_BYTES
+                usual.append(_p99(await _write(client, draw, count, per_second=ROUND_RATE, until=BUSY_BYTES)))
+                await running.settle(f"before-{number}")
+                cluster.process_server.kill()
+                away.append(_p99(await _write(client, draw, count, per_second=ROUND_RATE, until=BUSY_BYTES)))
+                assert _status(running)["in_gap"]
+                await cluster.start_process_server()
+                await running.whole()
+    for name, values in (("usual", usual), ("away", away)):
+        print(f"p99 {name}, ms:", *(f"{value * 1000:.2f}" for value in values))
+    assert statistics.median(away) <= max(2 * statistics.median(usual), QUIET_FLOOR_SECONDS)

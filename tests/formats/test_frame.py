@@ -213,17 +213,17 @@ def test_the_quick_check_of_a_table_and_the_one_that_names_the_rule_agree(rows: 
         descriptor._name_broken_rule(table, 65536, 1)
     except CorruptionError:
         assert not descriptor._is_sane(table, 65536)
-        assert not descriptor._are_sane_writes(table, 65536)
+        assert not descriptor._are_sane_writes(packed, 65536)
     except AssertionError:  # it found nothing broken
         assert descriptor._is_sane(table, 65536)
-        assert descriptor._are_sane_writes(table, 65536) == all(row[4] == Kind.WRITE for row in rows)
+        assert descriptor._are_sane_writes(packed, 65536) == all(row[4] == Kind.WRITE for row in rows)
 
 
 def test_a_table_is_checked_alike_however_long_it_is() -> None:
     item = frame.describe(Kind.WRITE, length=512, time_ns=7)
     for count in (1, descriptor._SHORT_TABLE, descriptor._SHORT_TABLE + 1, 2 * descriptor._SHORT_TABLE):
         good = item * count
-        frame.check_table(frame.table_view(good), 512)
+        frame.check_table(good, 512)
         for wrong in (
             frame.describe(Kind.WRITE, length=513, time_ns=7),
             frame.describe(Kind.WRITE, length=512, time_ns=7, place=1),
@@ -231,4 +231,4 @@ def test_a_table_is_checked_alike_however_long_it_is() -> None:
             frame.describe(Kind.WRITE, length=512, time_ns=7)[:-2] + b"\x09\0",
         ):
             with pytest.raises(CorruptionError):
-                frame.check_table(frame.table_view(good[:-32] + wrong), 512)
+                frame.check_table(good[:-32] + wrong, 512)

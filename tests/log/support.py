@@ -12,7 +12,7 @@ from replicar.formats import frame, logblob, segment
 from replicar.formats.frame import Flag, Kind
 from replicar.formats.logblob import BlobHeader, BlobName
 from replicar.formats.segment import Position
-from replicar.log.reader import LogReader, Segment as Found, Tail
+from replicar.log.reader import LogReader, Segment as Found, Start, Tail
 from replicar.storage.memory import MemoryStore
 
 MACHINE = uuid.UUID("11111111-2222-4333-8444-555555555555")
@@ -106,7 +106,8 @@ async def read(
 ) -> tuple[list[Found], Tail]:
     """All segments, and where the log ended."""
     log = reader(store)
-    found = [item async for item in log.segments(after=after, stored_number=stored_number, stored_digest=stored_digest)]
+    start = Start(after) if after is not None else None
+    found = [item async for item in log.segments(after=start, stored_number=stored_number, stored_digest=stored_digest)]
     return found, log.tail
 
 

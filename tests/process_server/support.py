@@ -73,6 +73,11 @@ class Running:
         assert machine is not None
         return machine
 
+    async def holding_nothing(self) -> None:
+        """Wait until every slot is free. One that is being committed goes when that ends, stored or not."""
+        while self.slots.free_bytes < self.slots.total_bytes:
+            await asyncio.sleep(0.01)
+
 
 @asynccontextmanager
 async def running(

@@ -155,7 +155,7 @@ async def test_a_fenced_stream_is_refused_for_good_and_holds_nothing(site: Site,
         machine = older.machine(agent.machine_id)
         assert machine.state is MachineState.FENCED
         assert isinstance(machine.error, FencedError)
-        assert older.slots.free_bytes == older.slots.total_bytes
+        await older.holding_nothing()
     assert await stored_frames(store, agent.machine_id, site.data_key) == moved.everything
 
 
@@ -225,4 +225,17 @@ async def test_a_log_that_lost_what_was_stored_is_refused_until_it_is_brought_ba
         assert [info.name for info in await MemoryStore.list(store, "") if "?" in info.name] == []
         store.hidden = False
         await sending
+    assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything
+
+
+async def test_a_lease_that_somebody_broke_by_hand_costs_a_new_run_and_no_more(site: Site) -> None:
+    store = memory_store()
+    async with asyncio.timeout(STORY_SECONDS), running(site, store) as server:
+        agent = site.agent(server.port)
+        agent.begin()
+        await agent.run(until_stored=agent.fill(5))
+        for found in await store.list(""):
+            await store.break_lease(found.name)
+        await agent.run(until_stored=agent.fill(5))
+        assert server.machine(agent.machine_id).state is MachineState.RUNNING
     assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from recovery.output import Written, held_stretches, write_raw_file, write_vhd_blob, write_vhd_file
+from recovery.files import held_stretches
+from recovery.output import Written, write_raw_file, write_vhd_blob, write_vhd_file
 from recovery.points import Latest, locate
 from recovery.view import View
 from replicar.errors import CorruptionError, PermanentError
@@ -69,7 +70,7 @@ async def test_a_raw_file_is_the_disk_and_keeps_its_holes(built: LogBuilder, tmp
     assert path.stat().st_blocks * 512 < DISK // 2
     assert path.stat().st_mode & 0o777 == 0o600
     assert seen[0][0] == 0
-    assert seen[-1] == (view.data_bytes(view.disks[0]),) * 2
+    assert seen[-1] == (await view.data_bytes(view.disks[0]),) * 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["disk.raw"]
 
 

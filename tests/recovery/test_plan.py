@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from hypothesis import given, strategies as st
@@ -16,12 +14,9 @@ BLOCK = 64
 HOLE = 8
 
 
-def segments(*chunk_bytes: int) -> dict[int, Any]:
-    """As much of segments as a plan looks at."""
-    return {
-        number: SimpleNamespace(table=SimpleNamespace(header=SimpleNamespace(chunk_bytes=size)))
-        for number, size in enumerate(chunk_bytes)
-    }
+def segments(*chunk_bytes: int) -> dict[int, int]:
+    """The chunk sizes of segments 0, 1, ..."""
+    return dict(enumerate(chunk_bytes))
 
 
 def painted(rows: list[tuple[int, int, int, int]]) -> ExtentMap:
@@ -51,7 +46,7 @@ def test_every_byte_of_data_is_copied_once_from_where_it_lies(
         opened = [(fetch.segment, copies.chunk) for fetch in window.fetches for copies in fetch.copies]
         assert opened == sorted(set(opened))
         for fetch in window.fetches:
-            size = known[fetch.segment].table.header.chunk_bytes
+            size = known[fetch.segment]
             for copies in fetch.copies:
                 for source, target, length in zip(copies.source, copies.target, copies.length, strict=True):
                     assert source + length <= size

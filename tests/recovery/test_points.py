@@ -137,6 +137,21 @@ async def test_an_instant_outside_of_the_log_says_where_the_log_begins_and_ends(
     assert "1 to 10" in unknown.message
 
 
+async def test_after_a_power_cut_the_disks_keep_what_is_not_sent_again(builder: LogBuilder) -> None:
+    """The agent names its disks behind the beginning of the gap, and sends only what the cut can have changed."""
+    builder.begin(2 * SECTOR)
+    builder.write(0, 0, b"1" * SECTOR)
+    await builder.seal()
+    builder.jump(1)
+    builder.gap_begin("what happened before the agent started is not known")
+    builder.disk(0, "disk0", 2 * SECTOR)
+    builder.write(0, SECTOR, b"2" * SECTOR)
+    builder.gap_end()
+    await builder.seal()
+    view = View(builder.log, await locate(builder.log, Latest()))
+    assert await view.read(view.disks[0], 0, 2 * SECTOR) == b"1" * SECTOR + b"2" * SECTOR
+
+
 async def test_a_log_that_was_lost_and_begun_anew_leaves_a_gap_between(builder: LogBuilder) -> None:
     builder.begin(2 * SECTOR, SECTOR)
     last = builder.write(0, 0, b"1" * SECTOR)

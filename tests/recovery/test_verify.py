@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from recovery.index import Audited
-from recovery.points import AtSequence, Latest, Named, locate
+from recovery.audits import Audited
+from recovery.points import AtSequence, Latest, Named, Request, locate
 from recovery.verify import Report, verify
 from recovery.view import View
 from replicar.errors import CorruptionError, PermanentError
@@ -92,7 +92,7 @@ async def test_a_flipped_bit_is_found_and_the_rest_is_checked_all_the_same(sound
 
 async def test_a_flipped_bit_in_a_chunk_stops_recovery_of_what_needs_it_only(sound: LogBuilder) -> None:
     await flip(sound, 8, segment.HEADER_BYTES + 10)
-    state = await locate(sound.log, Latest())
+    state = await locate(sound.log, Latest(), stored_number=8)
     view = View(sound.log, state)
     with pytest.raises(CorruptionError) as caught:
         await view.read(view.disks[0], 0, DISK)
@@ -100,6 +100,18 @@ async def test_a_flipped_bit_in_a_chunk_stops_recovery_of_what_needs_it_only(sou
     assert caught.value.fields["blob"] == sound.placed[8][0]
     before = View(sound.log, await locate(sound.log, Named("mark-7")))
     assert await before.read(before.disks[0], 0, DISK) == sound.expected[before.state.place.sequence][0]
+
+
+async def test_an_end_that_was_torn_while_it_was_written_is_left_out(
+    sound: LogBuilder,
+) -> None:
+    """Its process server died in the middle of an upload: the table is there, a chunk before it is not."""
+    await flip(sound, 8, segment.HEADER_BYTES + 10)
+    view = View(sound.log, await locate(sound.log, Latest(), stored_number=7))
+    assert await view.read(view.disks[0], 0, DISK) == sound.expected[view.state.place.sequence][0]
+    with pytest.raises(PermanentError, match="is not in the log") as caught:
+        await locate(sound.log, AtSequence(sound.sequence - 1), stored_number=7)
+    assert "can be read up to segment 7" in caught.value.hint
 
 
 async def test_swapped_segments_are_found(store: PageBlobStore) -> None:
@@ -215,6 +227,12 @@ async def test_an_audit_that_fails_does_not_keep_the_others_from_being_compared(
     assert f"at {SECTOR} of disk disk0" in texts(report)
 
 
+async def audited(builder: LogBuilder, request: Request) -> tuple[Audited, int]:
+    """What is proven of the disk at a point, and the point's time."""
+    state = await locate(builder.log, request)
+    return await state.audited(state.disks[0]), state.place.time_ns
+
+
 async def test_a_state_says_how_much_of_it_was_audited_and_when(builder: LogBuilder) -> None:
     builder.begin(DISK)
     before = builder.sequence - 1
@@ -222,18 +240,39 @@ async def test_a_state_says_how_much_of_it_was_audited_and_when(builder: LogBuil
     first = builder.audit(0, 0, 3 * SECTOR)
     second = builder.audit(0, SECTOR, SECTOR)
     await builder.seal()
-    state = await locate(builder.log, AtSequence(before))
-    assert state.audited == {0: Audited()}
-    times = {}
+    assert await audited(builder, AtSequence(before)) == (Audited(), builder.times[before])
+    early = builder.times[first]
     for sequence in (first, second):
-        state = await locate(builder.log, AtSequence(sequence))
-        times[sequence] = state.place.time_ns
-        assert state.audited == {0: Audited(3 * SECTOR, times[first])}
+        held, _ = await audited(builder, AtSequence(sequence))
+        assert held == Audited(3 * SECTOR, early, 3 * SECTOR, early)
     builder.audit(0, 0, DISK)
     await builder.seal()
-    state = await locate(builder.log, Latest())
-    assert state.audited == {0: Audited(DISK, state.place.time_ns)}
-    assert times[first] < times[second] < state.place.time_ns
+    held, time_ns = await audited(builder, Latest())
+    assert held == Audited(DISK, time_ns, DISK, time_ns)
+    assert early < builder.times[second] < time_ns
+
+
+async def test_an_audit_holds_for_what_was_not_written_since(builder: LogBuilder) -> None:
+    builder.begin(DISK)
+    builder.write(0, 0, b"old" * SECTOR)
+    audit = builder.audit(0, 0, DISK)
+    at = builder.times[audit]
+    builder.write(0, SECTOR, b"n" * SECTOR)  # in the audit's own segment, and behind it
+    await builder.seal()
+    assert (await audited(builder, Latest()))[0] == Audited(DISK, at, DISK - SECTOR, at)
+    builder.zero(0, 8 * SECTOR, 2 * SECTOR)
+    await builder.seal()
+    assert (await audited(builder, Latest()))[0] == Audited(DISK, at, DISK - 3 * SECTOR, at)
+    again = builder.audit(0, SECTOR, SECTOR)
+    await builder.seal()
+    assert (await audited(builder, Latest()))[0] == Audited(DISK, at, DISK - 2 * SECTOR, at)
+    assert (await audited(builder, AtSequence(audit)))[0] == Audited(DISK, at, DISK, at)
+    builder.audit(0, 0, DISK)
+    await builder.seal()
+    held, time_ns = await audited(builder, Latest())
+    # Zeros that were written have no place in the log: an audit of them is not held against them, nor for them.
+    assert held == Audited(DISK, time_ns, DISK - 2 * SECTOR, time_ns)
+    assert builder.times[again] < time_ns
 
 
 async def test_audits_inside_a_gap_are_not_compared(builder: LogBuilder) -> None:

@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Final
 
 from mobility_agent.capture.disk import Disk
-from mobility_agent.capture.fuse import protocol
-from mobility_agent.capture.fuse.protocol import FILE, SILENT, Opcode, Request, Tree
 from mobility_agent.capture.fuse.session import Session
 from mobility_agent.capture.host import Host
 from mobility_agent.capture.reading import invalid
 from mobility_agent.capture.writing import Writer
 from replicar.errors import CorruptionError
 from replicar.formats.frame import SECTOR_BYTES, Kind
+from replicar.fuse import protocol
+from replicar.fuse.protocol import FILE, SILENT, Opcode, Request, Tree
 
 #: Requests carried out before others on the event loop have their turn.
 BATCH: Final = 64

@@ -19,9 +19,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from mobility_agent.capture.fuse import mount, protocol
 from mobility_agent.capture.fuse.keeper import Keeper
 from replicar.errors import PermanentError
+from replicar.fuse import mount, protocol
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from replicar.control.message import Count, Digest, ErrorReport, Message, Name, 
 from replicar.control.messages.agent import AuditReport, DiskReport, GapReport
 from replicar.control.messages.jobs import LifeState
 from replicar.control.messages.limits import MAX_OPERATOR_WAIT_SECONDS, MAX_WAIT_SECONDS
-from replicar.control.messages.server import WithDataKey
+from replicar.control.messages.server import FormerKey, WithDataKey
 from replicar.formats.record import Consistency
 
 
@@ -142,6 +142,12 @@ class MoveRequest(Message):
     process_server: Name | None = None
 
 
+class DestroyRequest(Message):
+    """POST /v1/machines/{name}/destroy-keys. `confirm` is the machine's name once more."""
+
+    confirm: Text
+
+
 class GroupRequest(Message):
     """POST /v1/groups: one point over several machines. The caller chooses `group`, so that asking again makes no
     second one. `hold_seconds`: how long each machine's writers may be held for it, at most."""
@@ -176,6 +182,8 @@ class MachineKey(WithDataKey):
 
     machine_id: uuid.UUID
     key_id: Text
+    wrapped_key: Text = ""
+    former_keys: tuple[FormerKey, ...] = ()
     stored_sequence: Count
     stored_segment: Count | None
     stored_digest: Digest

@@ -76,8 +76,15 @@ class WithDataKey(Message):
         return key
 
 
+class FormerKey(WithDataKey):
+    """A data key that a machine sealed with before its present one; both forms are base64."""
+
+    key_id: Text
+    wrapped_key: Text
+
+
 class ProcessServerAssignment(WithDataKey):
-    """A machine to accept, with the key to seal its segments by. Both keys are base64.
+    """A machine to accept, with the key to seal its segments by, and those that older ones were sealed by, in base64.
 
     `stored_*`: a segment of this incarnation that is known to be in storage, its last sequence and its digest. Whoever
     takes the log over must find it there; None and 0 while nothing is known.
@@ -89,6 +96,7 @@ class ProcessServerAssignment(WithDataKey):
     incarnation: Count
     wrapped_key: Text
     key_id: Text
+    former_keys: tuple[FormerKey, ...] = ()
     stored_segment: Count | None = None
     stored_sequence: Count = 0
     stored_digest: Digest = ""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mobility_agent.allocation import ext4, xfs
+from mobility_agent.allocation import ext4, ntfs, xfs
 from mobility_agent.allocation.source import NotKnownError, Ranges, Window
 from mobility_agent.allocation.volumes import free_space
 from tests.mobility_agent.allocation.images import MIB, blank, run
@@ -45,9 +45,10 @@ def volumes(directory: Path) -> dict[str, tuple[bytes, Callable[[Window], Ranges
         ("ext4 with checksums", "mkfs.ext4", 24, "-b 1024", ext4.free_ranges),
         ("XFS", "mkfs.xfs", 320, "-m crc=0", xfs.free_ranges),
         ("XFS with checksums", "mkfs.xfs", 320, "", xfs.free_ranges),
+        ("NTFS", "mkntfs", 24, "-Q", ntfs.free_ranges),
     ):
         image = blank(directory / "image", size * MIB)
-        run(tool, "-q", "-F" if tool == "mkfs.ext4" else "-f", *options.split(), image)
+        run(tool, "-q", "-f" if tool == "mkfs.xfs" else "-F", *options.split(), image)
         made[name] = (image.read_bytes(), parser)
         image.unlink()
     return made

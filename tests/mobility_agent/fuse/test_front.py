@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mobility_agent.capture.fuse import mount, session
+from mobility_agent.capture.fuse import session
 from mobility_agent.capture.fuse.keeper import Keeper
 from replicar.errors import PermanentError
 from replicar.formats.frame import Kind
+from replicar.fuse import mount
 from tests.mobility_agent.core import MIB, agent_core, frames_of
 from tests.mobility_agent.fuse.stage import (
     LIMIT_SECONDS,

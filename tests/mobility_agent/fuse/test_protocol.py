@@ -8,9 +8,9 @@ import struct
 
 import pytest
 
-from mobility_agent.capture.fuse import protocol
-from mobility_agent.capture.fuse.protocol import FILE, ROOT, Opcode, Tree
 from replicar.errors import CorruptionError
+from replicar.fuse import protocol
+from replicar.fuse.protocol import FILE, ROOT, Opcode, Tree
 
 TREE = Tree("disk", 1 << 20, owner=0, group=0, time_ns=1_700_000_000_000_000_000)
 

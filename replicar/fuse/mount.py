@@ -52,7 +52,7 @@ def mount(directory: Path) -> int:
         PermanentError: the kernel refuses.
     """
     if is_mounted(directory):
-        unmount(directory, lazily=True)  # left by an agent that died, and its keeper with it
+        unmount(directory, lazily=True)  # left by a process that died, and an agent's keeper with it
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if any(directory.iterdir()):
         raise PermanentError(
@@ -68,10 +68,10 @@ def mount(directory: Path) -> int:
         os.close(fd)
         raise PermanentError(
             f"nothing can be mounted at {directory}: {os.strerror(code)}",
-            hint="the agent has to be root, with CAP_SYS_ADMIN, in the host's own mount name space",
+            hint="this takes root, with CAP_SYS_ADMIN, in the host's own mount name space",
             path=str(directory),
         )
-    # Memory that the kernel frees by writing to this disk must not wait for memory that the agent asks for.
+    # Memory that the kernel frees by writing to this disk must not wait for memory that we ask for.
     _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
     return fd
 
@@ -93,7 +93,7 @@ def unmount(directory: Path, *, lazily: bool = False) -> None:
 
 
 def is_mounted(directory: Path) -> bool:
-    """Whether an agent's file system is mounted there; nobody is asked but the kernel's table."""
+    """Whether a file system of ours is mounted there; nobody is asked but the kernel's table."""
     path = str(directory).replace("\\", "\\134").replace(" ", "\\040")
     for line in _MOUNTS.read_text().splitlines():
         left, _, right = line.partition(" - ")

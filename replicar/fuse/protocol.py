@@ -144,7 +144,7 @@ def init(unique: int, body: memoryview) -> bytes:
     """
     major, _, readahead, offered = _INIT_IN.unpack(bytes(body[: _INIT_IN.size]).ljust(_INIT_IN.size, b"\0"))
     if major != _MAJOR:
-        raise CorruptionError(f"the kernel speaks FUSE {major}, and this agent {_MAJOR}")
+        raise CorruptionError(f"the kernel speaks FUSE {major}, and Replicar {_MAJOR}")
     pages = MAX_WRITE_BYTES // os.sysconf("SC_PAGE_SIZE") + 1  # a buffer that begins within a page is not cut there
     out = _INIT_OUT.pack(
         *(_MAJOR, _MINOR, readahead, offered & _WANTED, _MAX_BACKGROUND, _MAX_BACKGROUND * 3 // 4, MAX_WRITE_BYTES),

@@ -1,0 +1,5 @@
+"""A disk shown as a file by the kernel's FUSE protocol, without a helper program or a library.
+
+`protocol` is the kernel's language for a directory with one file, `mount` puts such a directory somewhere. Who answers
+the kernel's questions is each part's own: the agent's front captures writes, recovery's reads the sealed log.
+"""

@@ -1,0 +1,81 @@
+"""The catalogue of faults: each kind by its name, and `Fault`, one of a kind at one moment of a story.
+
+An injector is a coroutine that does its harm, waits as long as it lasts and mends it, if it mends. Its docstring is its
+contract. `stage.heal` mends whatever a story left broken.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from simulator.faults import control, deaths, disks, links, storage
+
+if TYPE_CHECKING:
+    from simulator.stage import Stage
+
+Injector = Callable[["Stage", random.Random, float], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How one kind is injected, and between which seconds it lasts."""
+
+    inject: Injector
+    shortest: float = 0.0
+    longest: float = 0.0
+
+    def seconds(self, draw: random.Random) -> float:
+        return round(draw.uniform(self.shortest, self.longest), 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault. `number` tells it from others of its story, and is what it draws from."""
+
+    kind: str
+    at: float
+    seconds: float
+    number: int
+
+    def __str__(self) -> str:
+        lasting = f" for {self.seconds:.1f} s" if self.seconds else ""
+        return f"at {self.at:6.2f} s  {self.kind}{lasting}"
+
+
+CATALOGUE: Final[Mapping[str, Kind]] = {
+    "link_reset": Kind(links.reset),
+    "link_cut": Kind(links.cut, 0.5, 20.0),
+    "link_one_way": Kind(links.one_way, 0.5, 20.0),
+    "link_half_open": Kind(links.half_open, 1.0, 15.0),
+    "link_slow": Kind(links.slow, 2.0, 20.0),
+    "agent_killed": Kind(deaths.agent_killed),
+    "agent_stopped": Kind(deaths.agent_stopped),
+    "server_killed": Kind(deaths.server_killed),
+    "server_stopped": Kind(deaths.server_stopped),
+    "application_killed": Kind(deaths.application_killed),
+    "machine_power": Kind(deaths.machine_power, 1.0, 6.0),
+    "server_power": Kind(deaths.server_power, 1.0, 10.0),
+    "server_disk_lost": Kind(deaths.server_disk_lost),
+    "agent_disk_full": Kind(disks.agent_disk_full, 1.0, 15.0),
+    "server_disk_full": Kind(disks.server_disk_full, 1.0, 15.0),
+    "slow_disks": Kind(disks.slow_disks, 2.0, 15.0),
+    "write_errors": Kind(disks.write_errors, 0.5, 4.0),
+    "sync_errors": Kind(disks.sync_errors, 0.2, 3.0),
+    "cache_damaged": Kind(disks.cache_damaged),
+    "cache_misdirected": Kind(disks.cache_misdirected, 1.0, 8.0),
+    "log_damaged": Kind(disks.log_damaged),
+    "storage_away": Kind(storage.away, 1.0, 20.0),
+    "storage_refuses": Kind(storage.refuses, 1.0, 15.0),
+    "storage_fails": Kind(storage.fails, 1.0, 15.0),
+    "storage_throttles": Kind(storage.throttles, 2.0, 20.0),
+    "late_writes": Kind(storage.late_writes, 2.0, 20.0),
+    "leases_lost": Kind(storage.leases_lost),
+    "container_deleted": Kind(storage.container_deleted, 1.0, 15.0),
+    "config_away": Kind(control.config_away, 2.0, 25.0),
+    "config_killed": Kind(control.config_killed),
+    "takeover": Kind(control.takeover),
+    "clock_jumps": Kind(control.clock_jumps),
+}

@@ -1,0 +1,246 @@
+"""Judging a story: whether everything came to rest, and whether every point that is offered is what it says.
+
+What is offered is taken from the real recovery code and from the config server's catalogue, and held against a reading
+of the stream of its own (`stream_of`): frames out of the log, with the gaps and marks that they say themselves.
+
+- every mark outside gaps is offered, recovers, and each of its disks can be the disk after that sequence;
+- no mark inside a gap is offered;
+- whatever the catalogue calls stored and offered recovers too;
+- some sequences in between, drawn, likewise;
+- the latest state is the disks as they are, byte for byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from dataclasses import dataclass, field
+from typing import Final
+
+from config_server import machines as registry_machines, parties
+from config_server.registry import Registry
+from config_server.vault import REGISTRY_FILE, Vault
+from recovery.chunks import MachineLog
+from recovery.points import AtSequence, Latest, Named, Request, locate, survey
+from recovery.view import View
+from replicar.control.client import ControlClient
+from replicar.control.keys import key_number
+from replicar.control.messages import PointList
+from replicar.errors import PermanentError, ReplicarError
+from replicar.formats import frame, record
+from replicar.formats.frame import Flag, Kind
+from replicar.log.reader import LogReader
+from replicar.storage.store import PageBlobStore
+from simulator.stage import Stage
+from simulator.world import cast
+
+#: Virtual seconds within which everything has to be at rest once all is mended.
+SETTLE_SECONDS: Final = 240.0
+#: After so long the operator starts the agent anew, if something was damaged that only a start looks at.
+OPERATOR_SECONDS: Final = 60.0
+#: Marks, and sequences that nobody marked, recovered for each story; of the others only what is offered is looked at.
+MARKS: Final = 3
+SEQUENCES: Final = 1
+
+
+@dataclass(slots=True)
+class Stream:
+    """What the log says, read by itself: marks by name, sequences of the changes that lie in no gap."""
+
+    marks: dict[str, tuple[int, bool]] = field(default_factory=dict)  # sequence, inside a gap
+    sequences: list[int] = field(default_factory=list)
+    last: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+async def settle(stage: Stage) -> None:
+    """Wait until everything captured is stored and order is whole; say what is not, if it does not come to that."""
+    clock = stage.world.loop.time
+    began, helped, enrolled = clock(), False, False
+    while clock() - began < SETTLE_SECONDS:
+        await asyncio.sleep(0.5)
+        if _at_rest(stage):
+            await asyncio.sleep(0.5)  # a heartbeat, an acknowledgement: it has to stay so
+            if _at_rest(stage):
+                return
+        late = clock() - began > OPERATOR_SECONDS
+        if late and not helped:
+            helped = True
+            stage.stop_agent()
+        if late and not enrolled and clock() - began > 2 * OPERATOR_SECONDS and _may_need_enrolment(stage):
+            enrolled = True
+            stage.enrol_again()
+            stage.stop_agent()
+    stage.violated(f"it does not come to rest: {_unrest(stage)}")
+
+
+def _at_rest(stage: Stage) -> bool:
+    core = stage.core
+    if core is None or stage.agent is None or not stage.agent.process.alive:
+        return False
+    log = core.log
+    return not core.ladder.in_gap and log.ordered and log.stored_sequence == log.next_sequence - 1
+
+
+def _may_need_enrolment(stage: Stage) -> bool:
+    kinds = {fault.kind for fault in stage.story.faults}
+    return bool(kinds & {"log_damaged", "sync_errors"})
+
+
+def _unrest(stage: Stage) -> str:
+    core, process = stage.core, stage.agent_process
+    if core is None:
+        return f"no agent runs ({process.error if process is not None else None})"
+    log = core.log
+    what = f"stored {log.stored_sequence} of {log.next_sequence - 1}, in a gap: {core.ladder.in_gap}"
+    what += f", dirty bytes {core.ladder.dirty_bytes}, ordered: {log.ordered}"
+    status = stage.status()
+    sender = status.get("sender", {})
+    return f"{what}; the sender is {sender.get('state')}: {(sender.get('error') or {}).get('message')}"
+
+
+async def stream_of(store: PageBlobStore, machine_id: uuid.UUID, keys: dict[int, bytes]) -> Stream:
+    """Read the log frame by frame."""
+    found, in_gap, following = Stream(), True, 1
+    reader = LogReader(store, machine_id, keys)
+    async for segment in reader.segments():
+        run = await reader.read_run(segment)
+        for _, item in frame.frames_in(run):
+            first = item.header.first_sequence
+            if first != following:
+                if first < following or not (frame.may_begin_anew(first) and frame.begins_anew(item.table)):
+                    found.problems.append(f"the stream goes on at {first} where {following} is due")
+                in_gap = True
+            following = item.header.next_sequence
+            for row, (_, length, _, place, _, kind, flags) in enumerate(item.table.tolist()):
+                sequence = first + row
+                if kind == Kind.GAP:
+                    in_gap = not flags & Flag.GAP_END
+                elif kind == Kind.MARK:
+                    mark = record.read_mark(bytes(item.payload[place : place + length]))
+                    found.marks.setdefault(mark.name, (sequence, in_gap))
+                elif not in_gap:
+                    found.sequences.append(sequence)
+    found.last = following - 1
+    return found
+
+
+async def judge(stage: Stage) -> int:
+    """Hold everything that is offered against the truth; how many points that were."""
+    store, machine_id = stage.world.blobs.inner, stage.machine_id
+    keys = machine_keys(stage)
+    if keys is None:
+        return 0
+    log = MachineLog(store, machine_id, keys)
+    try:
+        stream = await stream_of(store, machine_id, keys)
+    except ReplicarError as error:
+        stage.violated(f"the log can't be read: {error}")
+        return 0
+    for problem in stream.problems:
+        stage.violated(problem)
+    draw = random.Random(f"{stage.story.seed} judgement")
+    tried = 0
+    history = await survey(log)
+    offered = {mark.name: (mark.place.sequence, mark.in_gap) for mark in reversed(history.marks)}
+    if offered != stream.marks:
+        stage.violated(f"recovery has the marks {offered}, and the log says {stream.marks}")
+    marks = sorted(stream.marks.items())
+    for name, (sequence, in_gap) in draw.sample(marks, min(MARKS, len(marks))):
+        tried += await _try(stage, log, Named(name), f"point {name}", sequence, offered=not in_gap)
+    for sequence in sorted(draw.sample(stream.sequences, min(SEQUENCES, len(stream.sequences)))):
+        tried += await _try(stage, log, AtSequence(sequence), f"sequence {sequence}", sequence, offered=True)
+    await _judge_catalogue(stage, stream)
+    await _judge_latest(stage, log)
+    return tried + 1
+
+
+async def _try(stage: Stage, log: MachineLog, request: Request, what: str, sequence: int, *, offered: bool) -> int:
+    try:
+        state = await locate(log, request)
+    except PermanentError as error:
+        if offered:
+            stage.violated(f"{what} is not offered: {error}")
+        return 0
+    except ReplicarError as error:
+        stage.violated(f"{what} can't be recovered: {error}")
+        return 0
+    if not offered:
+        stage.violated(f"{what} lies in a gap and is offered")
+    view = View(log, state, memory_bytes=16 << 20)
+    for disk in view.disks:
+        truth = stage.truths.get(disk.name)
+        if truth is None:
+            stage.violated(f"{what} has a disk {disk.name}")
+            continue
+        for wrong in truth.differences(await view.read(disk, 0, disk.size_bytes), sequence):
+            stage.violated(f"{what} (sequence {sequence}), disk {disk.name}: {wrong}")
+    if {disk.name for disk in view.disks} != set(stage.truths):
+        stage.violated(f"{what} has the disks {sorted(disk.name for disk in view.disks)}")
+    return 1
+
+
+async def _judge_latest(stage: Stage, log: MachineLog) -> None:
+    try:
+        state = await locate(log, Latest())
+    except ReplicarError as error:
+        stage.violated(f"the latest state can't be recovered: {error}")
+        return
+    view = View(log, state, memory_bytes=16 << 20)
+    for disk in view.disks:
+        if await view.read(disk, 0, disk.size_bytes) != stage.image(disk.name):
+            truth = stage.truths[disk.name]
+            got, wanted = (
+                truth.numbers(await view.read(disk, 0, disk.size_bytes)),
+                truth.numbers(stage.image(disk.name)),
+            )
+            places = [int(place) for place in (got != wanted).nonzero()[0][:3]]
+            stage.violated(
+                f"the latest state of disk {disk.name} is not the disk: sectors {places} hold writes "
+                f"{[int(got[place]) for place in places]} for {[int(wanted[place]) for place in places]}"
+            )
+        for wrong in stage.truths[disk.name].differences(stage.image(disk.name)):
+            stage.violated(f"disk {disk.name} itself: {wrong}")
+
+
+async def _judge_catalogue(stage: Stage, stream: Stream) -> None:
+    """What the config server offers as stored is offered by the log."""
+    found: list[PointList] = []
+
+    async def ask(client: ControlClient) -> None:
+        found.append(await client.points(stage.machine))
+
+    process = stage.operate("points", ask)
+    for _ in range(200):
+        if not process.alive:
+            break
+        await asyncio.sleep(0.2)
+    if not found:
+        stage.violated(f"the catalogue does not answer: {process.error}")
+        return
+    for point in found[0].points:
+        if not point.stored:
+            continue
+        sequence, in_gap = stream.marks.get(point.name, (0, True))
+        if sequence != point.sequence:
+            stage.violated(f"the catalogue has {point.name} at {point.sequence}, the log at {sequence}")
+        elif in_gap:
+            stage.violated(f"the catalogue offers {point.name}, which lies in a gap")
+
+
+def machine_keys(stage: Stage) -> dict[int, bytes] | None:
+    """The machine's key out of the registry; None if it was never protected."""
+    directory = stage.world.machines[cast.CONFIG_SERVER].directory / "vault"
+    vault, registry = Vault.load(directory), Registry(directory / REGISTRY_FILE)
+    try:
+        key = registry.run(
+            lambda connection: registry_machines.machine_key(
+                connection, vault, parties.machine_named(connection, stage.machine)
+            )
+        )
+    except PermanentError:
+        return None
+    finally:
+        registry.close()
+    return {key_number(key.key_id): key.data_key_bytes()}

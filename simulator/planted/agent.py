@@ -1,0 +1,138 @@
+"""Bugs of the agent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mobility_agent.capture.disk import Disk
+from mobility_agent.capture.inline import InlineCapture
+from mobility_agent.digests import Digests
+from mobility_agent.ladder import Ladder
+from mobility_agent.logstate import LogState
+from mobility_agent.seeding import Seeder
+from mobility_agent.sender import Sender
+from mobility_agent.touched import TouchedRegions
+from replicar.formats import record
+from replicar.formats.frame import Flag, Kind
+
+Names = tuple[tuple[Any, str, Any], ...]
+
+
+def trims_on_received() -> Names:
+    """The log is trimmed by what the server has received, not by what storage has."""
+    acknowledge = Sender._acknowledge
+
+    def early(self: Sender, received: int | None, stored: int) -> None:
+        acknowledge(self, received, max(stored, received or 0))
+
+    return ((Sender, "_acknowledge", early),)
+
+
+def flush_leaves_the_disk() -> Names:
+    """A flush makes the change log durable and leaves the disk as it is."""
+
+    async def flush(self: InlineCapture, disks: Any) -> int:
+        await self.ladder.log.sync()
+        return 0
+
+    return ((InlineCapture, "_flush", flush),)
+
+
+def touched_is_not_recorded() -> Names:
+    """A region is written without being recorded as touched."""
+
+    def covers(self: TouchedRegions, offset: int, length: int) -> bool:
+        return True
+
+    return ((TouchedRegions, "covers", covers),)
+
+
+def dirty_is_not_noted() -> Names:
+    """What is written while the log is full is not noted."""
+
+    def note(self: Ladder, disk: int, offset: int, length: int) -> None:
+        """It is forgotten."""
+
+    return ((Ladder, "note", note),)
+
+
+def clean_before_it_is_copied() -> Names:
+    """A region counts as clean when its copy begins, not when it is in the log."""
+    append = Seeder._append
+
+    def hasty(self: Seeder, disk: Disk, start: int, content: memoryview, rows: Any) -> bool:
+        if start:
+            return True  # the copy is lost on its way, and nobody knows
+        return append(self, disk, start, content, rows)
+
+    return ((Seeder, "_append", hasty),)
+
+
+def gap_is_not_said() -> Names:
+    """Order is lost, and the stream does not say so."""
+    open_gap = Ladder.open_gap
+
+    def silent(self: Ladder, reason: str) -> None:
+        if self.log.state.anew_sequence == self.log.next_sequence:
+            open_gap(self, reason)  # else nobody would take the stream at all
+        else:
+            self.log.state.gap_open = True
+
+    return ((Ladder, "open_gap", silent),)
+
+
+def gap_ends_early() -> Names:
+    """The gap ends when the log has room again, whatever is still dirty."""
+
+    def close_gap(self: Ladder) -> bool:
+        if self.log.state.gap_open and self.log.ordered:
+            self.log.append_record(Kind.GAP, record.Gap("early"), flags=Flag.GAP_END)
+            self.log.state.gap_open = False
+            self.log.state.save()
+        return True
+
+    copy = Seeder._copy_disk
+
+    async def late(self: Seeder, disk: Disk) -> bool:
+        self._ladder.close_gap()
+        return await copy(self, disk)
+
+    return ((Ladder, "close_gap", close_gap), (Seeder, "_copy_disk", late))
+
+
+def last_write_is_not_redone() -> Names:
+    """After a kill the last frame's writes are taken for done."""
+
+    def redo(self: Ladder) -> None:
+        """Nothing is."""
+
+    return ((Ladder, "_redo", redo),)
+
+
+def numbers_come_twice() -> Names:
+    """After a power cut the log goes on with numbers that it may have given out before."""
+    load = LogState._load
+
+    def forgetful(self: LogState, path: Any) -> None:
+        load(self, path)
+        self.reserved_sequence = 0
+
+    return ((LogState, "_load", forgetful),)
+
+
+def digests_are_kept() -> Names:
+    """A write does not forget the digests of what it overwrites, so a comparison takes old for new."""
+
+    def observe(self: Digests, table: Any, disk: int) -> None:
+        """They stay."""
+
+    return ((Digests, "observe", observe),)
+
+
+def copies_race_with_writes() -> Names:
+    """A background copy does not notice that what it read was written meanwhile."""
+
+    def touched(self: Disk, offset: int, length: int) -> None:
+        """Nobody is told."""
+
+    return ((Disk, "touched", touched),)

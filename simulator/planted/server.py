@@ -1,0 +1,102 @@
+"""Bugs of the process server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from process_server import intake, machine
+from process_server.logwriter import LogWriter, Place
+from process_server.sealer import Sealer
+from process_server.stream import Segment, Slot, Stream
+from replicar.formats import frame
+from replicar.formats.frame import Frame, FrameHeader
+from replicar.formats.wire import Hello, Welcome
+from simulator.world.blobs import BlobClient
+
+Names = tuple[tuple[Any, str, Any], ...]
+
+
+class _Unchecked:
+    """The frame format without the payload's checksum."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(frame, name)
+
+    @staticmethod
+    def read_body(header: FrameHeader, data: Any, offset: int = 0) -> Frame:
+        return Frame(header, memoryview(data)[offset : offset + header.frame_bytes])
+
+
+def frames_are_not_checked() -> Names:
+    """A frame is taken in without its checksum being looked at."""
+    return ((intake, "frame", _Unchecked()),)
+
+
+def cache_is_believed() -> Names:
+    """What was read back from the cache is sealed as it is."""
+    seal = Sealer.seal
+
+    def trusting(self: Sealer, *args: Any, verify: bool) -> Any:
+        return seal(self, *args, verify=False)
+
+    return ((Sealer, "seal", trusting),)
+
+
+def stored_out_of_order() -> Names:
+    """A segment that is uploaded counts as stored, whether or not all before it are."""
+    stored = Stream.stored
+
+    def eager(self: Stream, each: Segment) -> list[Slot]:
+        changed = stored(self, each)
+        self.stored_sequence = max(self.stored_sequence, each.last_sequence)
+        return changed
+
+    return ((Stream, "stored", eager),)
+
+
+def lease_is_forgotten() -> Names:
+    """Blobs are written without a lease, so nobody is ever fenced."""
+
+    async def acquire(self: BlobClient, name: str, *, proposed_id: str | None = None) -> str | None:
+        return None
+
+    async def release(self: BlobClient, name: str, lease_id: str) -> None:
+        """There is none."""
+
+    return ((BlobClient, "acquire_lease", acquire), (BlobClient, "release_lease", release))
+
+
+def frames_lost_at_takeover() -> Names:
+    """A server that takes a machine over begins with what the agent captures next."""
+
+    def admit(hello: Hello, next_sequence: int, stored_sequence: int) -> Welcome:
+        return Welcome(max(next_sequence, hello.next_sequence - 1), stored_sequence)
+
+    def may_jump(header: FrameHeader, table: Any, next_sequence: int) -> bool:
+        return header.first_sequence > next_sequence
+
+    return ((machine, "admit", admit), (intake, "may_jump", may_jump))
+
+
+def salt_is_used_again() -> Names:
+    """Every segment is sealed with the same salt, so keys and nonces repeat."""
+    init = Sealer.__init__
+
+    def salted(self: Sealer, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self._salt = lambda: bytes(32)
+
+    return ((Sealer, "__init__", salted),)
+
+
+def place_is_used_again() -> Names:
+    """A segment gets the place of the one before it, now and then."""
+    place = LogWriter.place
+
+    async def careless(self: LogWriter, length: int) -> Place:
+        found = await place(self, length)
+        if self.tail.number and found.offset > 4096:
+            self._stripes[0].offset -= length
+        return found
+
+    return ((LogWriter, "place", careless),)

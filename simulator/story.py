@@ -1,0 +1,109 @@
+"""A story: everything that one seed decides before it begins, as data that can be written down and cut short.
+
+Which disks, which workloads, which settings, and which faults at which times. A fault carries a number of its own,
+from which it draws whatever it needs; so a story from which faults were taken away is the same story with fewer
+faults, and a failing one can be shrunk (`shrinking`).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Final
+
+from simulator.faults.catalogue import CATALOGUE, Fault
+from simulator.workloads import Kind, Workload
+from simulator.world.parts import AgentPlan, ServerPlan
+
+#: How long the faults go on, in virtual seconds; settling and judging come on top.
+STORY_SECONDS: Final = 60.0
+#: The first fault comes when the machine is protected, or soon enough to come in between.
+FIRST_FAULT_SECONDS: Final = 2.0
+LEAST_FAULTS: Final = 10
+MOST_FAULTS: Final = 22
+_KIB: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """One protected disk: its size, how much of it is written at first, and what its application does."""
+
+    name: str
+    size_bytes: int
+    filled_share: float
+    workload: Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """See the module. `marks` are when the operator asks for a point."""
+
+    seed: int
+    seconds: float
+    disks: tuple[DiskPlan, ...]
+    agent: AgentPlan
+    server: ServerPlan
+    marks: tuple[float, ...]
+    faults: tuple[Fault, ...]
+
+    def without(self, faults: tuple[Fault, ...]) -> Story:
+        """The same story with these faults only."""
+        return replace(self, faults=faults)
+
+    def __str__(self) -> str:
+        disks = ", ".join(
+            f"{disk.name} of {disk.size_bytes >> 10} KiB under {disk.workload.kind}" for disk in self.disks
+        )
+        lines = [f"seed {self.seed}: {disks}; {len(self.faults)} faults in {self.seconds:g} s"]
+        lines += [f"  {fault}" for fault in self.faults]
+        return "\n".join(lines)
+
+
+def story_of(seed: int, *, kinds: tuple[str, ...] | None = None) -> Story:
+    """The story of a seed.
+
+    Args:
+        kinds: of faults, instead of all.
+    """
+    draw = random.Random(f"{seed} story")
+    names = ("root", "data")[: draw.choice((1, 1, 1, 2))]
+    disks = tuple(_disk(name, draw) for name in names)
+    agent = AgentPlan(
+        disks=names,
+        journal_files=draw.choice((2, 2, 3, 4)),
+        audit_bytes_per_second=draw.choice((0, 32 * _KIB, 256 * _KIB)),
+        mark_every_seconds=draw.choice((0, 15, 25)),
+    )
+    server = ServerPlan(
+        cache_slots=draw.choice((4, 4, 5, 8)),
+        buffers=draw.choice((2, 4)),
+        segment_age_seconds=draw.choice((0.1, 0.3, 1.0)),
+        stripes=draw.choice((1, 2, 3)),
+        uploads=draw.choice((1, 2, 4)),
+        compression_level=draw.choice((0, 1)),
+    )
+    marks = tuple(sorted(draw.uniform(3.0, STORY_SECONDS) for _ in range(draw.randint(1, 5))))
+    faults = _faults(draw, kinds or tuple(CATALOGUE))
+    return Story(seed, STORY_SECONDS, disks, agent, server, marks, faults)
+
+
+def _disk(name: str, draw: random.Random) -> DiskPlan:
+    size = draw.choice((256, 512, 1024, 2048)) * _KIB + draw.choice((0, 0, 512, 20 * _KIB))
+    workload = Workload(
+        kind=draw.choice(tuple(Kind)),
+        rate=draw.choice((0.5, 1.5, 4.0)),
+        flush_share=draw.choice((0.0, 0.05, 0.3)),
+        trim_share=draw.choice((0.0, 0.03, 0.1)),
+    )
+    return DiskPlan(name, size, draw.choice((0.0, 0.1, 0.5)), workload)
+
+
+def _faults(draw: random.Random, kinds: tuple[str, ...]) -> tuple[Fault, ...]:
+    # A few kinds a story: faults of one kind in a row find what a mixture of all never reaches.
+    chosen = draw.sample(kinds, min(len(kinds), draw.randint(2, 8)))
+    faults = []
+    for number in range(draw.randint(LEAST_FAULTS, MOST_FAULTS)):
+        kind = draw.choice(chosen)
+        at = draw.uniform(FIRST_FAULT_SECONDS, STORY_SECONDS - 5.0)
+        faults.append(Fault(kind, round(at, 3), CATALOGUE[kind].seconds(draw), number))
+    return tuple(sorted(faults, key=lambda fault: fault.at))

@@ -1,0 +1,102 @@
+"""What storage was given, watched from inside the service: the promises that are about every single write there.
+
+- A place that was written holds these bytes for good: writing others there breaks the log's first rule.
+- Once a newer run has its header, nothing new may be added to an older one: that would be a second writer.
+- No salt is used for two segments of different content: their keys, and so their nonces, would be the same.
+- An agent trims its log only up to where the segments that storage has are without a hole.
+
+It reads the plain headers of segments and nothing else of the product's.
+"""
+
+from __future__ import annotations
+
+import uuid
+from bisect import insort
+
+from replicar.errors import CorruptionError
+from replicar.formats import frame, logblob, sections
+from replicar.storage.memory import MemoryStore
+from replicar.storage.store import Pages
+
+
+class Ledger:
+    """Takes note of every write. `violations` are what broke a promise, in words."""
+
+    def __init__(self) -> None:
+        self.violations: list[str] = []
+        self.segments = 0
+        self._reached: dict[uuid.UUID, int] = {}
+        self._spans: dict[uuid.UUID, list[tuple[int, int]]] = {}
+        self._newest: dict[uuid.UUID, tuple[int, int]] = {}
+        self._salts: dict[bytes, tuple[int, int, int, bytes]] = {}
+
+    def wrote(self, name: str, offset: int, before: bytes, data: bytes) -> None:
+        """`data` replaced `before`."""
+        blob = logblob.read_name(name)
+        if blob is None:
+            return
+        run = (blob.epoch, blob.run)
+        if before == data:
+            return
+        if any(before):
+            self.violations.append(f"{name} at {offset} was written again with other bytes")
+        newest = self._newest.get(blob.machine_id, (0, 0))
+        if not offset:
+            self._newest[blob.machine_id] = max(newest, run)
+        elif run < newest:
+            self.violations.append(f"{name} at {offset} was written after run {newest} had begun")
+        if offset:
+            self._segment(blob.machine_id, name, offset, data)
+
+    def stored_until(self, machine_id: uuid.UUID) -> int:
+        """The last sequence before the first hole."""
+        if machine_id in self._reached:
+            return self._reached[machine_id]
+        reached = 0
+        for first, last in self._spans.get(machine_id, ()):
+            if first > reached + 1 and not frame.may_begin_anew(first):
+                break
+            reached = max(reached, last)
+        self._reached[machine_id] = reached
+        return reached
+
+    def _segment(self, machine_id: uuid.UUID, name: str, offset: int, data: bytes) -> None:
+        try:
+            header = sections.read_header(data)
+        except CorruptionError:
+            header = None
+        if header is None:
+            self.violations.append(f"{name} at {offset} is no segment")
+            return
+        self.segments += 1
+        position = header.position
+        self._reached.pop(machine_id, None)
+        insort(self._spans.setdefault(machine_id, []), (position.first_sequence, position.last_sequence))
+        content = (position.number, position.first_sequence, position.last_sequence, data)
+        known = self._salts.setdefault(header.salt, content)
+        if known != content:
+            self.violations.append(f"segments {known[0]} and {position.number} were sealed with one salt")
+
+
+class WatchedStore(MemoryStore):
+    """The memory store, with a ledger beside it."""
+
+    def __init__(self, *args: object, ledger: Ledger, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self._ledger = ledger
+
+    async def put_pages(
+        self,
+        name: str,
+        offset: int,
+        data: Pages,
+        *,
+        lease_id: str | None = None,
+        if_sequence_number_lt: int | None = None,
+    ) -> None:
+        blob = (self._blobs or {}).get(name)
+        before = bytes(len(data))
+        if blob is not None and 0 <= offset <= blob.size_bytes - len(data):
+            before = await super().read(name, offset, len(data))
+        await super().put_pages(name, offset, data, lease_id=lease_id, if_sequence_number_lt=if_sequence_number_lt)
+        self._ledger.wrote(name, offset, before, bytes(data))

@@ -1,0 +1,175 @@
+"""Virtual time: an asyncio event loop that jumps to the next timer instead of waiting for it.
+
+It is asyncio's own `BaseEventLoop`, with its C tasks and futures, over a selector that has nothing to select from:
+asked to wait, it moves the time. So the code under test is scheduled exactly as asyncio does it, and a virtual minute
+costs what its callbacks cost.
+
+What would bring the outside in is replaced or refused:
+
+- work for threads is done on the spot, once, at a moment within a virtual duration that `delays` draws; nobody can
+  cancel it, as nobody can cancel a thread;
+- connections and servers are those of `network`;
+- tasks have a hash of their own that counts, since asyncio keeps them in sets, and sets of things that are hashed by
+  address are walked in another order in every process;
+- a loop without anything to do for ever raises `StuckError` instead of waiting for ever.
+
+Ready-made loops were looked at. looptime skips time over a real loop, so threads and sockets stay real.
+async-solipsism has sockets of its own but neither TLS, nor threads' time, nor machines that die, and its licence is the
+GPL. detangle explores schedules, with a loop and a network written anew: a good tool for races in small code, but its
+tasks are not C, it has no notion of a process that is killed with its files left behind, and a minute of this product
+takes it seconds. What is needed of a loop here is this page; the world around it is the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import random
+from asyncio import base_events
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol
+
+#: A thread's work takes so long at least, in virtual seconds: nothing comes back in the same instant.
+_LEAST_SECONDS: Final = 1e-5
+
+
+class StuckError(Exception):
+    """Nothing will ever happen again, and somebody still waits."""
+
+
+class Network(Protocol):
+    """Where connections come from."""
+
+    async def connect(
+        self, factory: Callable[[], asyncio.BaseProtocol], host: str, port: int, **options: Any
+    ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]: ...
+
+    async def listen(
+        self, factory: Callable[[], asyncio.BaseProtocol], host: str, port: int, **options: Any
+    ) -> Any: ...
+
+
+class CountedTask(asyncio.Task):  # type: ignore[type-arg]
+    """A task whose hash is how many there were before it. `context` is the one that it runs in, or was made in."""
+
+    _made = 0
+
+    def __init__(self, coroutine: Any, **options: Any) -> None:
+        self._number = CountedTask._made
+        CountedTask._made += 1
+        context = options.get("context")
+        self.context: contextvars.Context = contextvars.copy_context() if context is None else context
+        super().__init__(coroutine, loop=options["loop"], name=options.get("name"), context=self.context)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class _Time:
+    """A selector of nothing, whose waiting moves the time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def select(self, timeout: float | None) -> list[Any]:
+        if timeout is None:
+            raise StuckError("nothing is due, and nothing else can happen")
+        self.now += max(timeout, 0.0)
+        return []
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class VirtualLoop(base_events.BaseEventLoop):
+    """See the module.
+
+    Args:
+        randomness: draws how long threads take.
+    """
+
+    def __init__(self, randomness: random.Random) -> None:
+        super().__init__()
+        self._virtual = _Time()
+        self._selector = self._virtual
+        self._clock_resolution = 1e-9
+        self._randomness = randomness
+        self.network: Network | None = None
+        #: Virtual seconds that a thread's work takes; replaced by whoever has slow disks.
+        self.delays: Callable[[], float] = lambda: randomness.expovariate(1 / 0.0005)
+        #: What went wrong in callbacks, where asyncio would only log it.
+        self.failures: list[dict[str, Any]] = []
+        self._left: list[Any] = []
+        self.set_task_factory(_task)  # type: ignore[arg-type]
+        self.set_exception_handler(lambda _, context: self.failures.append(context))
+
+    def time(self) -> float:
+        return self._virtual.now
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: object, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        """Do it at a moment drawn, and answer at a later one."""
+        future = self.create_future()
+        duration = _LEAST_SECONDS + self.delays()
+        begins = duration * self._randomness.random()
+        self.call_later(begins, _work, future, func, args, self, self.time() + duration)
+        return future
+
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        return self.call_soon(callback, *args, context=context)
+
+    async def create_connection(
+        self, protocol_factory: Callable[[], asyncio.BaseProtocol], host: Any = None, port: Any = None, **options: Any
+    ) -> Any:
+        assert self.network is not None, "this loop has no network"
+        return await self.network.connect(protocol_factory, host, port, **options)
+
+    async def create_server(
+        self, protocol_factory: Callable[[], asyncio.BaseProtocol], host: Any = None, port: Any = None, **options: Any
+    ) -> Any:
+        assert self.network is not None, "this loop has no network"
+        return await self.network.listen(protocol_factory, host, port, **options)
+
+    def forget(self, belongs: Callable[[contextvars.Context], bool]) -> None:
+        """Cancel every callback whose context `belongs` to what died."""
+        for handle in [*self._ready, *self._scheduled]:  # type: ignore[attr-defined]
+            if not handle.cancelled() and belongs(handle._context):
+                handle.cancel()
+
+    def _asyncgen_finalizer_hook(self, agen: Any) -> None:
+        """What a dead process leaves half done stays so."""
+        self._left.append(agen)
+
+    def _process_events(self, event_list: list[Any]) -> None:
+        """There are none."""
+
+    def _write_to_self(self) -> None:
+        """There is nobody to be woken."""
+
+
+def _task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any) -> CountedTask:
+    return CountedTask(coroutine, loop=loop, **options)
+
+
+def _work(
+    future: asyncio.Future[Any], func: Callable[..., Any], args: tuple[Any, ...], loop: VirtualLoop, ends: float
+) -> None:
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = func(*args)
+    except Exception as raised:  # whatever it is, it is the caller's
+        error = raised
+    loop.call_at(ends, _answer, future, result, error)
+
+
+def _answer(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.done():  # cancelled; the work was done all the same
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -1,0 +1,132 @@
+"""Rotation, auditors and the end of a machine, as operators meet them, on a real Azurite."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import os
+from pathlib import Path
+
+import pytest
+from azure.storage.blob import AccountSasPermissions, ResourceTypes, generate_account_sas
+from typer.testing import CliRunner
+
+from config_server.cli import app as config_server
+from replicar.control.files import write_file
+from replicar.control.keys import key_number
+from replicar.control.vault_key import VaultKey
+from replicar.errors import PermanentError
+from replicar.storage import PageBlobStore, StorageTarget, open_store
+from simulator.azurite import Azurite
+from tests.cli.conftest import SECTOR, Operator, Stored
+
+
+async def rotated(stored: Stored) -> None:
+    """The machine's key is rotated, and its process server writes on under the new one."""
+    cast, builder = stored.cast, stored.builder
+    await cast.operator.rotate_key("db1")
+    (assignment,) = (await cast.server.process_server_heartbeat(cast.house.server_heartbeat())).assignments
+    builder.key, builder.key_id = assignment.data_key_bytes(), key_number(assignment.key_id)
+    builder.wrapped_key = base64.b64decode(assignment.wrapped_key)
+    await builder.begin_run()
+    builder.write(0, 0, os.urandom(10 * SECTOR))
+    builder.mark("after-rotation")
+    await builder.seal()
+    await cast.report_stored(
+        builder.sequence - 1, stored_segment=builder.number - 1, stored_digest=builder.previous.hex()
+    )
+
+
+async def test_a_log_of_two_data_keys_is_read_with_either_way_to_them(operator: Operator, stored: Stored) -> None:
+    await rotated(stored)
+    assert (await operator("verify", "db1")).status == 0
+    vault_key = stored.cast.house.directory / "vault.key"
+    rescue = ("--vault-key-file", vault_key, "--machine-id", stored.builder.machine_id)
+    ended = await operator("verify", "db1", *rescue, "--json")
+    assert ended.status == 0, ended.output
+    assert ended.json["segments"] == 9
+
+
+async def test_after_a_rotation_of_the_vaults_key_rewrap_makes_the_new_one_enough(
+    operator: Operator, stored: Stored, tmp_path: Path
+) -> None:
+    await rotated(stored)
+    house = stored.cast.house
+    ring = VaultKey.read(house.directory / "vault.key").rotated()
+    # As a restart on the rotated vault would: `vault-key rotate` itself wants the server stopped.
+    object.__setattr__(house.server.vault, "key", ring)
+    from config_server import data_keys
+
+    await house.server.registry.run(lambda c: data_keys.wrap_anew(c, house.server.vault))
+    write_file(tmp_path / "new.key", ring.keys[0])
+    rescue = ("--vault-key-file", tmp_path / "new.key", "--machine-id", stored.builder.machine_id)
+    early = await operator("verify", "db1", *rescue, "--json")
+    assert "does not open the data key" in early.json["message"]
+    wrapped = await operator("rewrap", "--json")
+    assert wrapped.status == 0, wrapped.output
+    assert (wrapped.json["changed"], wrapped.json["in_use"]) == (4, 0)
+    assert (await operator("verify", "db1", *rescue)).status == 0
+    assert (await operator("rewrap", "--json")).json["changed"] == 0
+
+
+async def test_an_auditor_verifies_with_a_signature_that_may_only_read(
+    operator: Operator, stored: Stored, azurite: Azurite, target: StorageTarget, tmp_path: Path
+) -> None:
+    signature = generate_account_sas(
+        azurite.account_name,
+        azurite.account_key,
+        resource_types=ResourceTypes(container=True, object=True),
+        permission=AccountSasPermissions(read=True, list=True),
+        expiry=datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1),
+    )
+    write_file(tmp_path / "read-only.sas", signature.encode())
+    house = stored.cast.house
+    made = CliRunner().invoke(
+        config_server, ["auditor", "eve", "-o", str(tmp_path / "eve"), "-d", str(house.directory)]
+    )
+    assert made.exit_code == 0, made.output
+    settings = tmp_path / "auditor.toml"
+    settings.write_text(
+        f'identity = "{tmp_path}/eve"\nconfig_server = "{house.address}"\n[storage]\n'
+        f'endpoint = "{azurite.blob_endpoint}"\nshared_access_signature_file = "{tmp_path}/read-only.sas"\n'
+        f'authority_file = "{azurite.authority_file}"\ncontainer = "{target.container}"\n'
+    )
+    auditor = Operator(settings, operator.environment)
+    ended = await auditor("verify", "db1", "--json")
+    assert ended.status == 0, ended.output
+    assert ended.json["segments"] == 8
+    assert (await auditor("status", "--json")).json["machines"]
+    refused = await auditor("remove", "db1", "--json")
+    assert "may not" in refused.json["message"]
+    read_only = StorageTarget.model_validate(
+        {
+            "endpoint": azurite.blob_endpoint,
+            "shared_access_signature": signature,
+            "authority_file": azurite.authority_file,
+            "container": target.container,
+        }
+    )
+    async with open_store(read_only) as store:
+        with pytest.raises(PermanentError):
+            await store.create("machines/x", 512)
+
+
+async def test_remove_alone_leaves_what_is_stored_and_destroying_leaves_nothing(
+    operator: Operator, stored: Stored, store: PageBlobStore, tmp_path: Path
+) -> None:
+    await rotated(stored)
+    assert (await operator("remove", "db1", "--destroy-keys")).status == 2, "it wants the name once more"
+    assert (await operator("remove", "db1", "--destroy-keys", "--confirm", "db2")).status == 2
+    assert (await operator("verify", "db1")).status == 0
+    assert (await operator("remove", "db1")).status == 0
+    assert (await operator("verify", "db1")).status == 0, "removed, and still there"
+    ended = await operator("remove", "db1", "--destroy-keys", "--confirm", "db1", "--json")
+    assert ended.status == 0, ended.output
+    assert (ended.json["keys_destroyed"], ended.json["blobs_deleted"]) == (True, 4)
+    verified = await operator("verify", "db1", "--json")
+    assert "were destroyed" in verified.json["message"]
+    machine_id = stored.builder.machine_id
+    left = await store.list(f"machines/{machine_id}/")
+    assert [await store.read(info.name, 0, info.size_bytes) for info in left] == [bytes(512)], "the tombstone is empty"
+    again = await operator("remove", "db1", "--destroy-keys", "--confirm", "db1", "--json")
+    assert (again.status, again.json["blobs_deleted"]) == (0, 0)
