@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 110
 
 
-def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _bench(*arguments: str, seconds: float = LIMIT_SECONDS) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
 
 
-def _report(*arguments: str) -> dict[str, Any]:
-    done = _bench(*arguments)
+def _report(*arguments: str, seconds: float = LIMIT_SECONDS) -> dict[str, Any]:
+    done = _bench(*arguments, seconds=seconds)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     assert report["valid"]
@@ -132,17 +132,21 @@ def test_a_fleet_is_served_and_the_greedy_one_of_it_harms_no_other(tmp_path: Pat
     small = ["--agents", "12", "--seconds", "2", "--modest-mb-per-s", "1"]
     report = _report("fleet", "--json", *small, "--directory", str(tmp_path))
     assert report["mb_per_s"] > report["greedy_mb_per_s"] >= 0
-    assert 0 < report["modest_rpo_seconds_p50"] <= report["modest_rpo_seconds_p99"]
+    assert 0 <= report["modest_rpo_seconds_p50"] <= report["modest_rpo_seconds_p99"]
+    assert report["modest_rpo_seconds_max"] > 0
     assert 50 < report["rss_mib"] < 1024
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(620)
 def test_a_first_copy_is_compared_with_azcopy_and_a_change_with_restic(tmp_path: Path) -> None:
     need("restic")
     need("mkfs.ext4")
     if not seed_peers.AZCOPY.exists():
         pytest.skip("no AzCopy here; run setup/azcopy.sh")
-    report = _report("seed", "--json", "--gib", "0.0625", "--delta-mib", "1", "--directory", str(tmp_path))
+    small = ["--gib", "0.0625", "--delta-mib", "1", "--directory", str(tmp_path)]
+    report = _report("seed", "--json", *small, seconds=600)
     assert report["recovered"] == "every file equal, e2fsck clean"
     assert report["left_out_mib"] > 0
     assert report["speedup"] > 0

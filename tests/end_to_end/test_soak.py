@@ -1,6 +1,6 @@
 """Bursts and pauses for a long time: memory stays flat, the cache stays bounded, and what is recovered is the truth.
 
-A machine is mostly idle and now and then busy, for minutes here and for half an hour in `make nightly`. It mostly waits.
+A machine is mostly idle and now and then busy, for minutes here and for half an hour in `make nightly`.
 """
 
 from __future__ import annotations
