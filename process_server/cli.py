@@ -23,6 +23,7 @@ from replicar.control.enrolment import RegistrationKey, enrol, read_passphrase
 from replicar.control.identity import Role
 from replicar.errors import ReplicarError
 from replicar.memory import collect_rarely, keep_memory
+from replicar.signals import Level as Health
 
 app = typer.Typer(
     name="process-server",
@@ -184,6 +185,11 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"written {written:%Y-%m-%d %H:%M:%S} UTC",
         f"agents reach it at {facts['host']}:{facts['port']}",
         f"cache: {used:,} of {facts['cache_bytes']:,} bytes in use{_fullness(facts['cache_level'])}",
+    ]
+    lines += [
+        f"{signal['level']}: {signal['cause']}; {signal['hint']}"
+        for signal in facts.get("signals", ())
+        if signal["level"] != Health.HEALTHY
     ]
     if facts["upload_limit"] is not None:
         lines.append(f"uploads: limited to {facts['upload_limit']:,} bytes a second at this hour")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from replicar.cli import (
+    access_tokens,
     arrangements,
     circle,
     export,
@@ -17,6 +18,7 @@ from replicar.cli import (
     mount,
     protection,
     recover,
+    replica,
     rescue,
     vault,
     verify,
@@ -66,7 +68,8 @@ for command in (
 for step in circle.COMMANDS:
     app.command()(step)
 app.command()(arrangements.alerts)
-for group in (jobs.app, arrangements.policy_app, arrangements.target_app):
+app.command()(access_tokens.audit)
+for group in (access_tokens.app, jobs.app, replica.app, arrangements.policy_app, arrangements.target_app):
     app.add_typer(group)
 
 

@@ -9,6 +9,7 @@ import uuid
 
 import pytest
 
+from recovery.replica import journal
 from replicar.formats import changelog, cipher, frame, logblob, overlay, sections, segment, vhd, wire
 from replicar.formats.wire import AGENT_TABLE, State
 from tests.golden import layouts, make_golden, sample
@@ -33,6 +34,7 @@ SIZES = {
     "frame-entry": segment.FRAME_ENTRY.itemsize,
     "blob-header": logblob.HEADER_BYTES,
     "vhd-footer": vhd.FOOTER_BYTES,
+    "replica-slot": journal.HEAD_BYTES,
     "overlay-header": overlay.FIELDS_BYTES,
     "overlay-session": overlay.SESSION_BYTES,
 }

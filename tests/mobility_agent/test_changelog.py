@@ -18,7 +18,7 @@ from replicar.errors import ConflictError, CorruptionError, LimitError, Replicar
 from replicar.formats import record
 from replicar.formats.changelog import FRAMES_OFFSET
 from replicar.formats.frame import ANEW_STEP, Kind, begins_anew, may_begin_anew
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from tests.mobility_agent.core import FILE_BYTES, MIB, agent_core, frames_of, gap_flags, open_log, replay
 
 
@@ -48,6 +48,8 @@ async def _write_until_killed(directory: Path, seconds: float, seed: int) -> tup
 
     client = await NbdClient.connect(directory / "nbd")
     lanes = [asyncio.create_task(write(client, lane)) for lane in range(4)]
+    while not acknowledged:  # a busy machine may take its time for the first one
+        await asyncio.sleep(0.001)
     await asyncio.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     await process.wait()
