@@ -30,11 +30,11 @@ from bench.measure import Moment, Window, cores
 from bench.report import Report
 from bench.seed_peers import Restic, Took
 from replicar.errors import PermanentError, ReplicarError
+from replicar.nbd.client import NbdClient
 from simulator import disk_image, e2fsprogs
 from simulator.cluster import MIB, Cluster
 from simulator.disk_image import FILES_DIRECTORY
 from simulator.ext4_files import differing_files
-from simulator.nbd_client import NbdClient
 
 DEFAULT_GIB: Final = 4.0
 DEFAULT_DELTA_MIB: Final = 40
