@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench import capture, churn, datapath, fleet, limit, seed
+from bench import capture, churn, datapath, fleet, limit, recovery, seed
 from bench.report import Report, show
 from replicar.errors import ReplicarError
 
@@ -108,6 +108,11 @@ BENCHMARKS: Final = {
         "the first copy of an ext4 disk beside AzCopy, and of 40 MB that changed beside restic's second run",
         _seed_options,
         seed.run,
+    ),
+    "recovery": Benchmark(
+        "how soon any point of a large disk can be read, and how fast a disk comes back, beside the raw steps",
+        recovery.options,
+        recovery.run,
     ),
 }
 

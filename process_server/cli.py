@@ -100,7 +100,7 @@ def run(
       port = 9443                  listen_host = "0.0.0.0"      advertise_host = ""  # this host's name
       cache_bytes = 17179869184    buffers_bytes = 268435456    compression_level = 1
       segment_age_seconds = 0.2    uploads_per_machine = 4      heartbeat_seconds = 10
-      log_stripes = 8              log_blob_bytes = 68719476736
+      log_stripes = 8              log_blob_bytes = 4294967296
 
     \b
     At the end of the file, if wanted:

@@ -20,6 +20,7 @@ from replicar.cli import (
     recover,
     replica,
     rescue,
+    storage,
     vault,
     verify,
 )
@@ -60,6 +61,8 @@ for command in (
     mount.mount,
     mount.unmount,
     verify.verify,
+    storage.storage,
+    storage.fold,
     rescue.rescue,
     keys.rotate_key,
     keys.rewrap,
