@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types pytest bench soak simulate fuzz archive clean
+.PHONY: help setup demo test lint format types pytest bench soak nightly simulate fuzz archive clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -37,6 +37,10 @@ bench: setup ## the benchmarks, one JSON object each
 	$(BIN)/python -m bench limit --json
 	$(BIN)/python -m bench datapath --json
 	$(BIN)/python -m bench capture --json
+	$(BIN)/python -m bench churn --json
+	$(BIN)/python -m bench fleet --json
+	setup/azcopy.sh
+	$(BIN)/python -m bench seed --json
 	$(BIN)/pytest tests/bench/test_hot_path.py --benchmark-enable --benchmark-only
 
 soak: setup ## the long tests
@@ -48,9 +52,12 @@ simulate: setup ## the parts under virtual time and faults (SEEDS=1000 FIRST_SEE
 fuzz: setup ## every parser under coverage-guided fuzzing (RUNS=100000)
 	$(BIN)/python -m tests.fuzzing --runs $(or $(RUNS),100000)
 
+nightly: setup ## 200 deaths of the process server
+	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600 tests/process_server/faults
+
 archive: setup ## the agent in one file, for machines with Python only (dist/)
 	@$(BIN)/python setup/agent_archive.py
 
 clean: ## remove everything that was made here
-	rm -rf .venv .azurite .guest .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist *.egg-info
+	rm -rf .venv .azurite .azcopy .guest .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
