@@ -74,6 +74,17 @@ class Call:
     address: str
     party: Party | None
 
+    def flag(self, name: str) -> bool:
+        """A yes or no of the query; no, where it is not there.
+
+        Raises:
+            PermanentError: it is neither.
+        """
+        value = self.query.get(name, "no")
+        if value not in ("yes", "no"):
+            raise PermanentError(f"{name}={value!r} is neither yes nor no", hint=f"{name}=yes, or nothing", status=400)
+        return value == "yes"
+
     def asking(self) -> Party:
         assert self.party is not None, "this route has roles"
         return self.party

@@ -12,7 +12,7 @@ from config_server import lives, machines, parties
 from config_server.api import Call, Context, Route, hold
 from config_server.bells import Topic
 from config_server.jobs import book, claims, opening, own
-from replicar.control.identity import Role
+from config_server.rights import OPERATORS, PEOPLE, WORKERS
 from replicar.control.messages import (
     Claim,
     ClaimRequest,
@@ -27,7 +27,6 @@ from replicar.control.messages import (
     JobRequest,
     MachineHold,
 )
-from replicar.errors import PermanentError
 
 #: Whom a bell rings for that is about jobs as such, not about one party.
 EVERYBODY: Final = uuid.UUID(int=0)
@@ -56,17 +55,15 @@ async def post_job(context: Context, call: Call) -> Job:
 async def get_jobs(context: Context, call: Call) -> JobList:
     """Jobs, newest first; of one machine (`?machine=`), or only those that have not ended (`?going=yes`)."""
     name, now_ns = call.names.get("name") or call.query.get("machine"), context.clock.now_ns()
-    only = call.query.get("going", "no")
-    if only not in ("yes", "no"):
-        raise PermanentError(f"going={only!r} is neither yes nor no", hint="going=yes, or nothing", status=400)
+    only = call.flag("going")
 
     def read(connection: sqlite3.Connection) -> JobList:
         machine_id = parties.machine_named(connection, name).id if name else None
-        found, truncated = book.listed(connection, machine_id, going_only=only == "yes")
+        found, truncated = book.listed(connection, machine_id, going_only=only)
         if any(not job.state.has_ended for job in found):
             for machine in {job.machine_id for job in found if not job.state.has_ended}:
                 own.advance(connection, machine, now_ns)
-            found, truncated = book.listed(connection, machine_id, going_only=only == "yes")
+            found, truncated = book.listed(connection, machine_id, going_only=only)
         online = book.kinds_online(connection, now_ns)
         return JobList(jobs=tuple(book.shown(job, online, now_ns) for job in found), truncated=truncated)
 
@@ -194,24 +191,19 @@ def _ring(context: Context, job: Job, *servers: uuid.UUID | None) -> None:
     context.bells.ring(Topic.JOBS, EVERYBODY)
 
 
-_PEOPLE: Final = frozenset({Role.READER, Role.OPERATOR, Role.ADMIN})
-_OPERATORS: Final = frozenset({Role.OPERATOR, Role.ADMIN})
-#: An operator's command may do a worker's work itself, on a host that has no worker.
-_WORKERS: Final = frozenset({Role.RECOVERY, Role.OPERATOR, Role.ADMIN})
-
 ROUTES: Final[tuple[Route, ...]] = tuple(
     Route(method, path, handler, roles)
     for method, path, handler, roles in (
-        ("POST", "/machines/{name}/jobs", post_job, _OPERATORS),
-        ("GET", "/machines/{name}/jobs", get_jobs, _PEOPLE),
-        ("GET", "/machines/{name}/drills", get_drills, _PEOPLE),
-        ("GET", "/jobs", get_jobs, _PEOPLE),
-        ("GET", "/jobs/{id}", get_job, _PEOPLE),
-        ("POST", "/jobs/{id}/cancel", post_cancel, _OPERATORS),
-        ("POST", "/worker/claim", post_claim, _WORKERS),
-        ("POST", "/worker/jobs/{id}/report", post_report, _WORKERS),
-        ("POST", "/worker/jobs/{id}/finish", post_finish, _WORKERS),
-        ("POST", "/worker/jobs/{id}/hold", post_hold, _WORKERS),
-        ("POST", "/worker/jobs/{id}/release", post_release, _WORKERS),
+        ("POST", "/machines/{name}/jobs", post_job, OPERATORS),
+        ("GET", "/machines/{name}/jobs", get_jobs, PEOPLE),
+        ("GET", "/machines/{name}/drills", get_drills, PEOPLE),
+        ("GET", "/jobs", get_jobs, PEOPLE),
+        ("GET", "/jobs/{id}", get_job, PEOPLE),
+        ("POST", "/jobs/{id}/cancel", post_cancel, OPERATORS),
+        ("POST", "/worker/claim", post_claim, WORKERS),
+        ("POST", "/worker/jobs/{id}/report", post_report, WORKERS),
+        ("POST", "/worker/jobs/{id}/finish", post_finish, WORKERS),
+        ("POST", "/worker/jobs/{id}/hold", post_hold, WORKERS),
+        ("POST", "/worker/jobs/{id}/release", post_release, WORKERS),
     )
 )

@@ -20,7 +20,7 @@ import sqlite3
 import uuid
 from typing import Any, Final
 
-from config_server import data_keys, points
+from config_server import data_keys, points, policies
 from config_server.parties import Party
 from config_server.vault import Vault
 from replicar.control.identity import INCARNATION_SHIFT
@@ -77,9 +77,14 @@ def agent_instructions(
             epoch=row["epoch"], process_server_id=uuid.UUID(row["id"]), host=row["host"], port=row["port"]
         )
     commands = points.pending(connection, machine_id)
-    version = _version([assignment.model_dump(mode="json") if assignment else None, [c.id for c in commands]])
+    schedule = policies.schedule(connection, machine_id)
+    said = [assignment.model_dump(mode="json") if assignment else None, [c.id for c in commands]]
     return AgentInstructions(
-        assignment=assignment, commands=commands, heartbeat_seconds=heartbeat_seconds, version=version
+        assignment=assignment,
+        commands=commands,
+        schedule=schedule,
+        heartbeat_seconds=heartbeat_seconds,
+        version=_version([*said, schedule.model_dump()]),
     )
 
 

@@ -14,7 +14,7 @@ from config_server.api import Call, Context, Route, hold
 from config_server.bells import Bells, Topic
 from config_server.jobs import opening
 from config_server.placement import Move
-from replicar.control.identity import Role
+from config_server.rights import KEYS, OPERATORS, PEOPLE, READERS
 from replicar.control.messages import (
     DestroyRequest,
     GroupPoint,
@@ -26,6 +26,7 @@ from replicar.control.messages import (
     MoveRequest,
     Point,
     PointList,
+    PolicyAssignment,
     VaultStatus,
 )
 from replicar.errors import PermanentError, TransientError
@@ -62,11 +63,13 @@ async def get_machine(context: Context, call: Call) -> MachineSummary:
 
 
 async def post_protect(context: Context, call: Call) -> MachineSummary:
+    """Protect a machine, by a policy if one is named; one that is protected stays where it is."""
     name, now_ns = call.names["name"], context.clock.now_ns()
+    policy = PolicyAssignment.from_json(call.body).policy if call.body else None
 
     def change(connection: sqlite3.Connection) -> tuple[uuid.UUID | None, MachineSummary]:
         machine = parties.machine_named(connection, name)
-        opening.protect(connection, context.vault, machine, call.asking().name, now_ns)
+        opening.protect(connection, context.vault, machine, call.asking().name, now_ns, policy=policy)
         parties.audit(connection, call.asking().id, "protect", f"machine {name}", now_ns)
         summary = overview.summary(connection, machine.id, now_ns, context.troubles)
         return machines.server_of(connection, machine.id), summary
@@ -267,27 +270,20 @@ def software() -> str:
         return "unknown"
 
 
-_PEOPLE: Final = frozenset({Role.READER, Role.OPERATOR, Role.ADMIN})
-_OPERATORS: Final = frozenset({Role.OPERATOR, Role.ADMIN})
-#: Recovery workers read what they work on; who was given a key is audited.
-_KEYS: Final = _OPERATORS | {Role.RECOVERY}
-#: Auditors see everything, keys as well, since they verify what is stored; they change nothing.
-_LOOKING: Final = _PEOPLE | {Role.AUDITOR}
-
 ROUTES: Final[tuple[Route, ...]] = tuple(
     Route(method, path, handler, roles)
     for method, path, handler, roles in (
-        ("GET", "/status", get_status, _LOOKING),
-        ("GET", "/machines", get_machines, _LOOKING | {Role.RECOVERY}),
-        ("GET", "/machines/{name}", get_machine, _LOOKING | {Role.RECOVERY}),
-        ("POST", "/machines/{name}/protect", post_protect, _OPERATORS),
-        ("POST", "/machines/{name}/move", post_move, _OPERATORS),
-        ("POST", "/machines/{name}/remove", post_remove, _OPERATORS),
-        ("POST", "/machines/{name}/destroy-keys", post_destroy_keys, _OPERATORS),
-        ("POST", "/machines/{name}/rotate-key", post_rotate_key, _OPERATORS),
-        ("GET", "/machines/{name}/points", get_points, _LOOKING | {Role.RECOVERY}),
-        ("GET", "/machines/{name}/key", get_key, _KEYS | {Role.AUDITOR}),
-        ("POST", "/machines/{name}/marks", post_mark, _OPERATORS),
-        ("POST", "/groups", post_group, _OPERATORS),
+        ("GET", "/status", get_status, PEOPLE),
+        ("GET", "/machines", get_machines, READERS),
+        ("GET", "/machines/{name}", get_machine, READERS),
+        ("POST", "/machines/{name}/protect", post_protect, OPERATORS),
+        ("POST", "/machines/{name}/move", post_move, OPERATORS),
+        ("POST", "/machines/{name}/remove", post_remove, OPERATORS),
+        ("POST", "/machines/{name}/destroy-keys", post_destroy_keys, OPERATORS),
+        ("POST", "/machines/{name}/rotate-key", post_rotate_key, OPERATORS),
+        ("GET", "/machines/{name}/points", get_points, READERS),
+        ("GET", "/machines/{name}/key", get_key, KEYS),
+        ("POST", "/machines/{name}/marks", post_mark, OPERATORS),
+        ("POST", "/groups", post_group, OPERATORS),
     )
 )

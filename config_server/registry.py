@@ -23,7 +23,7 @@ from typing import Final, TypeVar
 from config_server import schema_circle as circle
 from replicar.errors import CorruptionError, PermanentError, TransientError
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 BUSY_SECONDS: Final = 5.0
 #: Transactions waiting for the writer; at some 2,000 a second that is half a second of work.
 MAX_WAITING: Final = 1024
@@ -113,6 +113,7 @@ _STEPS: Final = {
         "CREATE TABLE former_keys (machine_id TEXT NOT NULL REFERENCES machines (id), key_id TEXT NOT NULL,"
         " wrapped_key BLOB NOT NULL, retired_ns INTEGER NOT NULL, PRIMARY KEY (machine_id, key_id)) STRICT",
     ),
+    7: circle.ARRANGEMENTS,
 }
 
 _T = TypeVar("_T")
@@ -148,7 +149,8 @@ class Registry:
                 hint="run the version of config-server that wrote it, or a newer one",
             )
         if version < SCHEMA_VERSION:
-            statements = [*_SCHEMA.split(";\n"), *circle.TABLES]  # not a script, which would end the transaction
+            # one by one: a script would end the transaction
+            statements = [*_SCHEMA.split(";\n"), *circle.TABLES, *circle.ARRANGEMENTS]
             if version:
                 statements = [each for step in range(version, SCHEMA_VERSION) for each in _STEPS[step + 1]]
             for statement in statements:

@@ -1,4 +1,4 @@
-"""The registry's tables of the operator's circle: lives, jobs, drills, recovery workers."""
+"""The registry's tables of the operator's circle: lives, jobs, drills, recovery workers, policies, alerts."""
 
 from __future__ import annotations
 
@@ -27,6 +27,21 @@ TABLES: Final = (
     "CREATE TABLE recovery_workers ("
     " party_id TEXT NOT NULL, instance TEXT NOT NULL, heartbeat_ns INTEGER NOT NULL, kinds TEXT NOT NULL,"
     " PRIMARY KEY (party_id, instance)) STRICT, WITHOUT ROWID",
+)
+#: Policies, target settings and alerts, which came a step later.
+ARRANGEMENTS: Final = (
+    # every version of a policy (JSON) that is kept
+    "CREATE TABLE policies ("
+    " name TEXT NOT NULL, version INTEGER NOT NULL, policy TEXT NOT NULL, changed_ns INTEGER NOT NULL,"
+    " PRIMARY KEY (name, version)) STRICT, WITHOUT ROWID",
+    # a machine's policy by name, and what it is to be made of (JSON)
+    "CREATE TABLE arrangements ("
+    " machine_id TEXT PRIMARY KEY REFERENCES machines (id), policy TEXT, target TEXT) STRICT",
+    # what operators should know of machines; cleared when it is over
+    "CREATE TABLE alerts ("
+    " number INTEGER PRIMARY KEY, machine_id TEXT NOT NULL REFERENCES machines (id), code TEXT NOT NULL,"
+    " message TEXT NOT NULL, hint TEXT NOT NULL, raised_ns INTEGER NOT NULL, cleared_ns INTEGER) STRICT",
+    "CREATE UNIQUE INDEX alerts_lasting ON alerts (machine_id, code) WHERE cleared_ns IS NULL",
 )
 #: What was protected before there were lives goes on as it is.
 TAKE_OVER: Final = (

@@ -19,10 +19,11 @@ from typing import Final
 
 from aiohttp import web
 
-from config_server import data_keys, job_routes, operator_routes, part_routes, parties
+from config_server import data_keys, parties, routes
 from config_server.api import Context, application
 from config_server.bells import Bells
 from config_server.registry import RegistryThread
+from config_server.rounds import Rounds
 from config_server.settings import ENVIRONMENT_PREFIX, Settings
 from config_server.takeover import Takeover
 from config_server.vault import IDENTITY_DIRECTORY, REGISTRY_FILE, SETTINGS_FILE, Vault
@@ -76,7 +77,7 @@ class ConfigServer:
                 heartbeat_seconds=self._settings.heartbeat_seconds,
             )
             runner = web.AppRunner(
-                application(context, part_routes.ROUTES + operator_routes.ROUTES + job_routes.ROUTES),
+                application(context, routes.ALL),
                 access_log=None,
                 handler_cancellation=True,  # a long poll ends with its connection
                 keepalive_timeout=KEEP_ALIVE_SECONDS,
@@ -104,6 +105,10 @@ class ConfigServer:
             reload_certificate(self._tls, self._identity)
         _log.info("renewed the config server's own certificate")
         return True
+
+    def rounds(self) -> Rounds:
+        """What is done by the clock; its `run` is the caller's to run."""
+        return Rounds(self.registry, self.vault, self.bells, self._clock, self._identity.id)
 
     def takeover(self) -> Takeover:
         """What moves machines off dead process servers; its `run` is the caller's to run."""
@@ -144,6 +149,7 @@ async def run(settings: Settings, clock: Clock, stop: asyncio.Event, ready: Call
                 keepers = [
                     group.create_task(server.keep_certificate(), name="keep certificate"),
                     group.create_task(server.takeover().run(), name="takeover"),
+                    group.create_task(server.rounds().run(), name="rounds"),
                 ]
                 ready(server.port)
                 await stop.wait()

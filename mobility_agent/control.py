@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Protocol
 
 from mobility_agent import groups
@@ -23,6 +23,7 @@ from mobility_agent.ladder import Ladder
 from mobility_agent.marks import Marks
 from mobility_agent.metrics import Metrics
 from mobility_agent.retry import Backoff
+from mobility_agent.schedule import Schedule
 from mobility_agent.sender import Sender, SenderState
 from mobility_agent.state import StateDirectory
 from replicar.clock import Clock
@@ -38,6 +39,7 @@ from replicar.control.messages import (
     MachineState,
 )
 from replicar.errors import LimitError, ReplicarError, TransientError
+from replicar.formats.record import Consistency
 
 DEFAULT_HEARTBEAT_SECONDS: Final = 5.0
 #: How often to report while storage has not got a mark that somebody may be waiting for, and how long that may be.
@@ -73,6 +75,7 @@ class Control:
         traced: the machine's trace capture, if that is how it is captured.
         carry_out: does what is commanded, where that is not done while the heartbeat waits.
         groups_of: holds the machine for group points.
+        schedules: of points by the clock, which the machine's policy may set.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Control:
         traced: Traced | None = None,
         carry_out: Callable[[Command], Awaitable[None]] | None = None,
         groups_of: Groups | None = None,
+        schedules: Mapping[Consistency, Schedule] | None = None,
         randomness: random.Random | None = None,
     ) -> None:
         self.error: ReplicarError | None = None
@@ -105,6 +109,7 @@ class Control:
         self._traced = traced
         self._carry_out = carry_out or marks.carry_out
         self._groups = groups_of
+        self._schedules = schedules or {}
         self._set_seconds = heartbeat_seconds
         self._auditor = auditor
         self._told_seconds = DEFAULT_HEARTBEAT_SECONDS
@@ -248,6 +253,12 @@ class Control:
             ReplicarError: something can't be done now; it will be said again.
         """
         self._told_seconds = max(instructions.heartbeat_seconds, LEAST_SECONDS)
+        for consistency, every in (
+            (Consistency.CRASH, instructions.schedule.crash_seconds),
+            (Consistency.APPLICATION, instructions.schedule.application_seconds),
+        ):
+            if consistency in self._schedules:
+                self._schedules[consistency].follow(every)
         if instructions.assignment != self._assigned:
             self._sender.assign(instructions.assignment)
             await asyncio.to_thread(self._state.save_assignment, instructions.assignment)

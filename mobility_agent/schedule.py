@@ -5,6 +5,9 @@ time. In the ordered stream every sequence is a crash-consistent state already; 
 one record and one sync of the change log; trace capture freezes the file systems for it. While the newest state can't
 be had (inside a gap, or before trace capture has copied everything once) the mark is left out.
 
+The interval is that of the machine's policy where it says one, else that of the agent's settings. Whoever follows a
+policy has it once the config server said so; before, and while that is away after a start, the settings count.
+
 A mark that can't be made (the log is full, its disk fails) is left out too: the next one is never far.
 """
 
@@ -33,7 +36,7 @@ class Schedule:
     Args:
         carry_out: makes a mark, as an operator's command has it made.
         is_behind: whether the newest state can't be recovered just now.
-        every_seconds: the interval, above 0.
+        every_seconds: the interval that the agent's own settings say; 0: none.
         consistency: of the marks; application-consistent ones are named "application-..." instead of "auto-...".
     """
 
@@ -49,15 +52,24 @@ class Schedule:
         self._carry_out = carry_out
         self._is_behind = is_behind
         self._clock = clock
-        self._every_ns = every_seconds * 10**9
+        self._own_ns = self._every_ns = every_seconds * 10**9
         self._consistency = consistency
         self._prefix = "auto" if consistency is Consistency.CRASH else str(consistency)
 
+    def follow(self, every_seconds: int | None) -> None:
+        """Go by another interval from here on: that of the machine's policy; 0: none, None: the agent's own."""
+        self._every_ns = self._own_ns if every_seconds is None else every_seconds * 10**9
+
     async def run(self) -> None:
         """Make marks for ever; cancel to stop."""
-        due_ns = self._after(self._clock.now_ns())
+        due_ns = 0
         while True:
+            if not self._every_ns:
+                due_ns = 0
+                await self._clock.sleep(LOOK_SECONDS)
+                continue
             now_ns = self._clock.now_ns()
+            due_ns = due_ns or self._after(now_ns)
             due_ns = min(due_ns, self._after(now_ns))  # the clock may have been set back
             if now_ns < due_ns:
                 await self._clock.sleep(min((due_ns - now_ns) / 1e9, LOOK_SECONDS))

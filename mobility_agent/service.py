@@ -20,7 +20,6 @@ import logging
 import os
 import random
 import ssl
-from collections.abc import Coroutine, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -120,6 +119,7 @@ class Service:
             follower = kind(core.ladder, core.marks, core.gaps, settings, clock, auditor)
         commands = CommandQueue(core.marks.carry_out)  # hooks may take their time
         groups = Groups(core.marks, None if follower is not None else core.ladder.gate, clock)
+        schedules = self._schedules(core, follower, follower or commands)
         control = Control(
             client,
             core.state,
@@ -134,6 +134,7 @@ class Service:
             traced=follower,
             carry_out=(follower or commands).carry_out,
             groups_of=groups,
+            schedules=schedules,
             randomness=self._randomness,
         )
         seeder = self._seeder = Seeder(core.ladder, clock, bytes_per_second=settings.seed_bytes_per_second or 0)
@@ -150,7 +151,8 @@ class Service:
                 commands.run(),
                 self._measure(follower or core.log, sender),
                 self._publish(core, sender, control, capture),
-                *self._wanted(core, auditor, follower, follower or commands),
+                *(schedule.run() for schedule in schedules.values()),
+                *((auditor.run(),) if auditor is not None else ()),
             )
         groups.close()
         _log.info("stopped: no more writes are taken")
@@ -175,30 +177,24 @@ class Service:
         kind = _AUDITORS[self._settings.capture]
         return kind(core.ladder, self._clock, core.state.audit_file, bytes_per_second=rate)
 
-    def _wanted(
-        self,
-        core: Core,
-        auditor: Auditor | None,
-        follower: TracedMachine | None,
-        commands: TracedMachine | CommandQueue,
-    ) -> Iterator[Coroutine[Any, Any, None]]:
-        """The parts that the operator may switch off, as far as they are on."""
-        if auditor is not None:
-            yield auditor.run()
-        application = self._settings.application
-        for consistency, every in (
-            (Consistency.CRASH, self._settings.mark_every_seconds),
-            (Consistency.APPLICATION, application.mark_every_seconds if application is not None else 0),
-        ):
-            if every:
-                # Trace capture is in a gap always, and says itself when it can't make a point.
-                yield Schedule(
-                    commands.carry_out,
-                    lambda: follower is None and core.ladder.in_gap,
-                    self._clock,
-                    every_seconds=every,
-                    consistency=consistency,
-                ).run()
+    def _schedules(
+        self, core: Core, follower: TracedMachine | None, commands: TracedMachine | CommandQueue
+    ) -> dict[Consistency, Schedule]:
+        """Points by the clock: application-consistent ones only where there are hooks."""
+        every = {Consistency.CRASH: self._settings.mark_every_seconds}
+        if self._settings.application is not None:
+            every[Consistency.APPLICATION] = self._settings.application.mark_every_seconds
+        return {
+            # Trace capture is in a gap always, and says itself when it can't make a point.
+            consistency: Schedule(
+                commands.carry_out,
+                lambda: follower is None and core.ladder.in_gap,
+                self._clock,
+                every_seconds=seconds,
+                consistency=consistency,
+            )
+            for consistency, seconds in every.items()
+        }
 
     async def _measure(self, captured: RecordedLog | TracedMachine, sender: Sender) -> None:
         while True:

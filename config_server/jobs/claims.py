@@ -13,7 +13,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
-from config_server import lives, machines, parties
+from config_server import lives, machines, parties, policies
 from config_server.jobs import book, opening
 from config_server.jobs.plan import PLANS
 from config_server.parties import Party
@@ -62,6 +62,8 @@ def claim(connection: sqlite3.Connection, worker: Party, request: ClaimRequest, 
             job=job,
             machine=_machine(connection, job, held=life.held),
             before=book.before(connection, job, life.left_ns),
+            target=policies.target_of(connection, job.machine_id),
+            policy=policies.of_machine(connection, job.machine_id),
             fence=job.fence,
         )
     return Claim()

@@ -11,7 +11,7 @@ import sqlite3
 import uuid
 from typing import Any
 
-from config_server import lifecycle, lives, parties, placement
+from config_server import lifecycle, lives, parties, placement, policies
 from config_server.jobs import book, choice, own
 from config_server.jobs.plan import CANCELLABLE, PLANS, conflicts
 from config_server.parties import Party
@@ -27,6 +27,7 @@ from replicar.control.messages import (
     LifeState,
     PointChoice,
     PointKind,
+    TargetSettings,
 )
 from replicar.errors import ConflictError, PermanentError
 
@@ -59,7 +60,7 @@ def make(
             status=409,
             machine=machine.name,
         )
-    parameters = _parameters(request)
+    parameters = _parameters(request, policies.target_of(connection, machine.id))
     own.advance(connection, machine.id, now_ns)
     _check_conflicts(connection, machine, request)
     state = lives.state_of(connection, machine.id)
@@ -82,6 +83,8 @@ def make(
         lives.move(connection, machine.id, following, now_ns)
     book.enter(connection, job, before, now_ns)
     if request.kind is JobKind.ENABLE:
+        if parameters.policy is not None:
+            policies.assign(connection, machine, parameters.policy)
         placement.protect(connection, vault, machine, now_ns)
     if request.kind is JobKind.DISABLE:
         _end_waiting(connection, machine.id, now_ns, but=job.id)
@@ -91,7 +94,13 @@ def make(
 
 
 def protect(
-    connection: sqlite3.Connection, vault: Vault, machine: Party, requested_by: str, now_ns: int
+    connection: sqlite3.Connection,
+    vault: Vault,
+    machine: Party,
+    requested_by: str,
+    now_ns: int,
+    *,
+    policy: str | None = None,
 ) -> tuple[Job, ...]:
     """Enable a machine's protection and finalize it when it is there; one that replicates already stays as it is.
 
@@ -100,9 +109,14 @@ def protect(
         ConflictError: the machine is not at home.
     """
     if machine.removed_ns is None and lives.stored(connection, machine.id).state in lifecycle.REPLICATING:
+        if policy is not None:
+            policies.assign(connection, machine, policy)
         return ()
-    kinds = (JobKind.ENABLE, JobKind.FINALIZE)
-    requests = [JobRequest(id=str(uuid.uuid4()), kind=kind) for kind in kinds]
+    enable = JobParameters(policy=policy)
+    requests = [
+        JobRequest(id=str(uuid.uuid4()), kind=kind, parameters=parameters)
+        for kind, parameters in ((JobKind.ENABLE, enable), (JobKind.FINALIZE, JobParameters()))
+    ]
     return tuple(make(connection, vault, machine, request, requested_by, now_ns) for request in requests)
 
 
@@ -208,17 +222,24 @@ def _same(made: Job, machine: Party, request: JobRequest) -> Job:
     )
 
 
-def _parameters(request: JobRequest) -> JobParameters:
+def _parameters(request: JobRequest, target: TargetSettings) -> JobParameters:
     given: dict[str, Any] = request.parameters.model_dump(exclude_defaults=True)
     unread = sorted(given.keys() - PLANS[request.kind].parameters)
     if unread:
         raise PermanentError(
             f"a {request.kind} job knows nothing of {', '.join(unread)}", hint="leave that out", status=400
         )
+    parameters = request.parameters
     default = _DEFAULT_POINTS.get(request.kind)
-    if default is None or request.parameters.point is not None:
-        return request.parameters
-    return request.parameters.model_copy(update={"point": PointChoice(kind=default)})
+    if default is None:
+        return parameters
+    is_drill = request.kind is JobKind.TEST_FAILOVER
+    update = {
+        "point": parameters.point or PointChoice(kind=default),
+        "compute": parameters.compute or target.compute,
+        "network": parameters.network or (target.drill_network if is_drill else target.network),
+    }
+    return parameters.model_copy(update=update)
 
 
 def _check_conflicts(connection: sqlite3.Connection, machine: Party, request: JobRequest) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from config_server import lifecycle, lives, machines
+from config_server import lifecycle, lives, machines, policies
 from config_server.jobs import book
 from config_server.jobs.plan import PLANS
 from replicar.control.message import ErrorReport
@@ -121,6 +121,21 @@ def _point(connection: sqlite3.Connection, row: sqlite3.Row) -> Answer:
     return Answer(reached=lives.seen(connection, row).has_point)
 
 
+def _target(connection: sqlite3.Connection, row: sqlite3.Row) -> Answer:
+    missing = policies.target_of(connection, uuid.UUID(row["id"])).missing()
+    if not missing:
+        return Answer(reached=True)
+    return Answer(
+        reached=False,
+        waiting=ErrorReport(
+            part="target settings",
+            error="PermanentError",
+            message=f"it is not decided what machine {row['name']} is to be made of: {', '.join(missing)}",
+            hint=f"`replicar target set {row['name']} --help`; until then a failover has to be told",
+        ),
+    )
+
+
 def _withdrawn(connection: sqlite3.Connection, row: sqlite3.Row) -> Answer:
     return Answer(reached=row["process_server_id"] is None)
 
@@ -131,6 +146,7 @@ QUESTIONS: Final[dict[str, Question]] = {
     "agent": _agent,
     "copied": _copied,
     "point": _point,
+    "target": _target,
     "withdraw": _withdrawn,
 }
 assert {step.name for kind in JobKind if not PLANS[kind].by_worker for step in PLANS[kind].steps} <= QUESTIONS.keys()

@@ -55,6 +55,7 @@ PLANS: Final[dict[JobKind, Plan]] = {
         (
             Step("copied", "copy all that is on the disks", "bytes"),
             Step("point", "wait for the first recovery point"),
+            Step("target", "know what the machine is to be made of"),
         ),
         by_worker=False,
     ),

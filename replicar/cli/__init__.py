@@ -12,6 +12,7 @@ recover   `recover`
 verify    `verify`
 circle    `drill`, `cleanup`, `failover`, `commit`, `cancel`, `failback`, `reprotect`, `disable`
 jobs      `jobs`: list, show, follow, cancel, drills
+arrangements  `policy`, `target`, `alerts`
 following how a job is followed to its end
 """
 

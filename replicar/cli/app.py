@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from replicar.cli import circle, export, jobs, keys, mount, protection, recover, rescue, vault, verify
+from replicar.cli import (
+    arrangements,
+    circle,
+    export,
+    jobs,
+    keys,
+    mount,
+    protection,
+    recover,
+    rescue,
+    vault,
+    verify,
+)
 from replicar.cli.console import Json
 
 app = typer.Typer(
@@ -53,7 +65,9 @@ for command in (
     app.command()(command)
 for step in circle.COMMANDS:
     app.command()(step)
-app.add_typer(jobs.app)
+app.command()(arrangements.alerts)
+for group in (jobs.app, arrangements.policy_app, arrangements.target_app):
+    app.add_typer(group)
 
 
 @app.command()

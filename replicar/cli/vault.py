@@ -64,12 +64,19 @@ def machines(
     run(as_json, every if name is None else one)
 
 
-def protect(machine: Machine, settings: SettingsFile = None, as_json: Json = False) -> None:
+def protect(
+    machine: Machine,
+    policy: Annotated[
+        str | None, typer.Option(help="The policy to protect it by: `replicar policy list`.", show_default=False)
+    ] = None,
+    settings: SettingsFile = None,
+    as_json: Json = False,
+) -> None:
     """Protect a machine: assign it to the least loaded process server. Doing it again changes nothing."""
 
     async def work(telling: Telling) -> None:
         async with load_settings(settings).control() as control:
-            found = await control.protect(machine)
+            found = await control.protect(machine, policy=policy)
 
         def show(console: Console) -> None:
             console.print(f"{escape(found.name)} is replicated through {escape(found.process_server or '?')}.")

@@ -33,9 +33,24 @@ class Caller:
         query: dict[str, str] | None = None,
         wait_seconds: float = 0.0,
     ) -> _Reply:
+        return await self._send("POST", path, message, reply, query=query, wait_seconds=wait_seconds)
+
+    async def _put(self, path: str, message: Message, reply: type[_Reply]) -> _Reply:
+        return await self._send("PUT", path, message, reply)
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        message: Message | None,
+        reply: type[_Reply],
+        *,
+        query: dict[str, str] | None = None,
+        wait_seconds: float = 0.0,
+    ) -> _Reply:
         self.identity.check_dates(self._clock.now_ns())
         body = message.to_json() if message is not None else b""
-        data = await self._transport.request("POST", path, body=body, query=query, wait_seconds=wait_seconds)
+        data = await self._transport.request(method, path, body=body, query=query, wait_seconds=wait_seconds)
         return reply.from_json(data)
 
 

@@ -31,10 +31,12 @@ from replicar.control.messages import (
     MoveRequest,
     Point,
     PointList,
+    PolicyAssignment,
     ProcessServerHeartbeat,
     ProcessServerInstructions,
     VaultStatus,
 )
+from replicar.control.policy_calls import PolicyCalls
 from replicar.control.transport import Transport
 from replicar.formats.record import Consistency
 from replicar.tls import client_context, reload_certificate, server_name
@@ -42,7 +44,7 @@ from replicar.tls import client_context, reload_certificate, server_name
 _Reply = TypeVar("_Reply", bound=Message)
 
 
-class ControlClient(JobCalls, WorkerCalls):
+class ControlClient(JobCalls, WorkerCalls, PolicyCalls):
     """Typed access to the config server; use it as an asynchronous context manager.
 
     Every method raises what `Transport.request` raises: `TransientError` naming host and port when the server can't be
@@ -125,9 +127,10 @@ class ControlClient(JobCalls, WorkerCalls):
     async def machine(self, name: str) -> MachineSummary:
         return await self._get(machine_path(name), MachineSummary)
 
-    async def protect(self, name: str) -> MachineSummary:
+    async def protect(self, name: str, *, policy: str | None = None) -> MachineSummary:
         """Assign the machine to the least loaded live process server; a machine that has one keeps it."""
-        return await self._post(f"{machine_path(name)}/protect", None, MachineSummary)
+        request = PolicyAssignment(policy=policy) if policy is not None else None
+        return await self._post(f"{machine_path(name)}/protect", request, MachineSummary)
 
     async def move(self, name: str, process_server: str | None = None) -> MachineSummary:
         """Give the machine to another process server, the one named or the least loaded; raises its epoch."""

@@ -1,9 +1,9 @@
 """Where page blobs go: the settings of a storage account, checked before anything is sent.
 
 The credential is exactly one of: the account's key, a shared access signature, a connection string, an Azure identity
-of this host. Secrets may stand in the settings (from the environment, say) or, better, in a file that the settings name,
-since a file can be kept from others and does not show in a process's environment. Secrets are `SecretStr`, so neither
-`repr` nor an error shows them; what a file held is read when the store is opened and not kept here.
+of this host. Secrets may stand in the settings (from the environment, say) or, better, in a file that the settings
+name, since a file can be kept from others and does not show in a process's environment. Secrets are `SecretStr`, so
+neither `repr` nor an error shows them; what a file held is read when the store is opened and not kept here.
 
 Settings that can't be honoured are refused with a `PermanentError` that says which and why, never ignored.
 """

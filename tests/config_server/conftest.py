@@ -11,7 +11,7 @@ import pytest
 
 from config_server.foundation import found_vault
 from replicar.control.identity import Identity, Role
-from replicar.control.messages import GapReport, MarkReport
+from replicar.control.messages import GapReport, MarkReport, TargetSettings
 from replicar.formats.record import Consistency
 from tests.config_server.script import Script
 from tests.config_server.support import Cast, House, SetClock, running
@@ -65,6 +65,7 @@ async def worker(cast: Cast, tmp_path: Path) -> AsyncIterator[Script]:
 async def protected(cast: Cast) -> Cast:
     """db1 with two points in storage, and one in a gap."""
     await cast.protect()
+    await cast.operator.set_target("db1", TargetSettings(compute="qemu"), base_version=0)
     marks = (
         MarkReport(name="noon", sequence=50, time_ns=1_000),
         MarkReport(name="app", kind=Consistency.APPLICATION, sequence=60, time_ns=2_000),

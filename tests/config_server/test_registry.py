@@ -18,6 +18,9 @@ from replicar.control.identity import MAX_INCARNATION, Role
 from replicar.control.messages import GapReport, LifeState, MarkReport
 from replicar.errors import CorruptionError, LimitError, PermanentError, TransientError
 
+#: The tables that came with jobs and policies.
+CIRCLE = ("jobs", "drills", "lives", "recovery_workers", "policies", "arrangements", "alerts")
+
 
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
     opened = Registry(tmp_path / "r.sqlite")
@@ -48,7 +51,7 @@ def test_a_registry_of_the_first_version_is_taken_over_with_what_it_counted(tmp_
     for column in ("counted_since", "counted_received", "counted_stored"):
         opened.connection.execute(f"ALTER TABLE machines DROP COLUMN {column}")
     opened.connection.execute("ALTER TABLE marks DROP COLUMN pause_seconds")
-    for table in ("group_points", "jobs", "drills", "lives", "recovery_workers", "former_keys"):
+    for table in ("group_points", *CIRCLE, "former_keys"):
         opened.connection.execute(f"DROP TABLE {table}")
     opened.connection.execute("ALTER TABLE machines DROP COLUMN destroyed_ns")
     opened.connection.execute("PRAGMA user_version = 1")
@@ -69,7 +72,7 @@ def test_machines_that_were_protected_before_there_were_lives_still_are(tmp_path
     opened.run(
         lambda c: c.execute("UPDATE machines SET process_server_id = ? WHERE id = ?", (str(server.id), str(ids[0])))
     )
-    for table in ("jobs", "drills", "lives", "recovery_workers", "former_keys"):
+    for table in (*CIRCLE, "former_keys"):
         opened.connection.execute(f"DROP TABLE {table}")
     opened.connection.execute("ALTER TABLE machines DROP COLUMN destroyed_ns")
     opened.connection.execute("PRAGMA user_version = 4")

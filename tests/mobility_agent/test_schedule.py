@@ -138,3 +138,21 @@ async def test_points_by_the_clock_do_not_drive_out_those_that_were_asked_for(
     again = Marks(core.log, core.disk.path.parent / "marks.json", lambda: False)
     assert names(again)[-3:] == expected[-3:]
     assert [report.command_id for report in again.reports()] == ["c1", None, None, None, None]  # saved, then trimmed
+
+
+async def test_a_machines_policy_beats_the_agents_settings_and_gives_them_back(core: Core, marks: Marks) -> None:
+    clock = WallClock()
+    schedule = Schedule(marks.carry_out, lambda: core.ladder.in_gap, clock, every_seconds=300)
+    running = asyncio.create_task(schedule.run())
+    schedule.follow(60)
+    await clock.pass_to(90)
+    assert names(marks) == ["auto-2026-11-22T10:04:00Z"]
+    schedule.follow(0)
+    await clock.pass_to(20 * 60)
+    assert len(names(marks)) == 1
+    schedule.follow(None)
+    await clock.pass_to(26 * 60)
+    assert len(names(marks)) in (2, 3)
+    assert names(marks)[-1] == "auto-2026-11-22T10:25:00Z"
+    running.cancel()
+    await asyncio.wait({running})

@@ -34,7 +34,7 @@ CALLS = [line.split("#")[0].split() for line in _shell_lines() if line.split(" "
 
 
 #: Commands that have commands of their own.
-GROUPS = {"vault-key"}
+GROUPS = {"vault-key", "policy", "target", "jobs", "token"}
 
 
 @pytest.mark.parametrize("call", CALLS, ids=" ".join)

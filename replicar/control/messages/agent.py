@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints
 
 from replicar.control.message import Count, ErrorReport, Message, Seconds, Text
 from replicar.control.messages.limits import MAX_ERRORS, MAX_WAIT_SECONDS
+from replicar.control.messages.policy import PointSchedule
 from replicar.formats.record import Consistency
 
 
@@ -150,10 +151,14 @@ class GroupVerdict(Message):
 
 
 class AgentInstructions(Message):
-    """The reply: the whole of what an agent should be doing. An agent skips a command of a kind it does not know."""
+    """The reply: the whole of what an agent should be doing. An agent skips a command of a kind it does not know.
+
+    `schedule`: how often it makes points by the clock, by the machine's policy.
+    """
 
     assignment: AgentAssignment | None
     commands: tuple[Command, ...] = ()
     verdicts: tuple[GroupVerdict, ...] = ()
+    schedule: PointSchedule = PointSchedule()
     heartbeat_seconds: Seconds
     version: Text = ""

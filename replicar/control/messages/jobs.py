@@ -17,6 +17,7 @@ from pydantic import Field, StringConstraints
 
 from replicar.control.message import Count, Digest, ErrorReport, Message, Name, Seconds, Text
 from replicar.control.messages.limits import MAX_WAIT_SECONDS
+from replicar.control.messages.policy import Policy, TargetSettings
 
 #: How long a worker may be silent before another may claim what it does. A renewal is due at a third of it.
 LEASE_SECONDS: Final = 60.0
@@ -246,12 +247,14 @@ class Claim(Message):
     """The reply: a job, or None. `fence` proves who owns it; say it with every report.
 
     `before`: the jobs whose results this one builds on, newest first: the drill that is to be cleaned up, the failover
-    that is to be committed, undone or brought home.
+    that is to be committed, undone or brought home. `target` and `policy` are the machine's, as they are now.
     """
 
     job: Job | None = None
     machine: ClaimedMachine | None = None
     before: tuple[Job, ...] = ()
+    target: TargetSettings | None = None
+    policy: Policy | None = None
     fence: Count = 0
     lease_seconds: Seconds = LEASE_SECONDS
 
