@@ -91,6 +91,9 @@ __all__ = [
 ]
 
 DEFAULT_CHUNK_BYTES: Final = 128 << 10
+#: Given to zstd at once: enough that the interpreter's lock is seldom asked for, and little enough that the allocator
+#: has the memory at hand.
+_BATCH_CHUNKS: Final = 8
 FIRST_DIGEST: Final = bytes(DIGEST_BYTES)  # what the very first segment of a machine names as the one before
 
 
@@ -136,7 +139,7 @@ def seal_chunks(
     choose: Callable[[Sequence[memoryview]], Sequence[bool]] | None = None,
 ) -> SealedChunks:
     """Compress and seal the chunks of a run of frames: the heavy half of sealing, free of the chain, so several
-    segments can be at it at once (zstd and AES-GCM release the interpreter's lock, zstd once for all chunks).
+    segments can be at it at once (zstd and AES-GCM release the interpreter's lock, zstd once for many chunks).
 
     Copies: each byte is read once by zstd into a new buffer and written once by AES-GCM into its final place.
 
@@ -184,10 +187,12 @@ def _compressed(
         return {}
     tried = choose(chunks) if choose is not None else [True] * len(chunks)
     indices = [index for index, is_tried in enumerate(tried) if is_tried]
-    if not indices:
-        return {}
-    packed = compressor.multi_compress_to_buffer([chunks[index] for index in indices], threads=1)
-    return {index: packed[row] for row, index in enumerate(indices)}
+    packed: dict[int, Any] = {}
+    for start in range(0, len(indices), _BATCH_CHUNKS):
+        batch = indices[start : start + _BATCH_CHUNKS]
+        made = compressor.multi_compress_to_buffer([chunks[index] for index in batch], threads=1)
+        packed |= {index: made[row] for row, index in enumerate(batch)}
+    return packed
 
 
 def add_table(sealed: SealedChunks, frames: Sequence[tuple[int, Frame]]) -> None:
