@@ -110,7 +110,7 @@ class SinkCluster(Cluster):
         await super().__aexit__(kind, error, trace)
         self.sink.kill()
 
-    def _target_fields(self) -> dict[str, Any]:
+    def target_fields(self) -> dict[str, Any]:
         key_file = self.directory / "account-key"
         if not key_file.exists():
             key_file.touch(mode=0o600)

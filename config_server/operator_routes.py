@@ -15,6 +15,7 @@ from config_server.bells import Bells, Topic
 from config_server.jobs import opening
 from config_server.placement import Move
 from config_server.rights import KEYS, OPERATORS, PEOPLE, READERS
+from replicar.control.identity import Role
 from replicar.control.messages import (
     DestroyRequest,
     GroupPoint,
@@ -283,7 +284,7 @@ ROUTES: Final[tuple[Route, ...]] = tuple(
         ("POST", "/machines/{name}/rotate-key", post_rotate_key, OPERATORS),
         ("GET", "/machines/{name}/points", get_points, READERS),
         ("GET", "/machines/{name}/key", get_key, KEYS),
-        ("POST", "/machines/{name}/marks", post_mark, OPERATORS),
+        ("POST", "/machines/{name}/marks", post_mark, OPERATORS | {Role.RECOVERY}),
         ("POST", "/groups", post_group, OPERATORS),
     )
 )

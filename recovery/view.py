@@ -174,6 +174,10 @@ class View:
     def _extents(self, disk: Disk) -> DiskMap:
         return self.state.maps[disk.index]
 
+    async def lookup(self, disk: Disk, offset: int, length: int) -> ExtentMap:
+        """Where the log has the bytes of a range; raises as `read`."""
+        return await self._extents(disk).lookup(offset, length)
+
     async def _named(self, disk: Disk, offset: int, length: int) -> tuple[ExtentMap, dict[int, Segment]]:
         """The extents of a range, and the segments that they name."""
         extents = await self._extents(disk).lookup(offset, length)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from replicar.errors import ReplicarError, TransientError
+from replicar.nbd.client import Address, NbdClient
+from replicar.nbd.client_protocol import Timing
 from simulator import content
 from simulator.content import Stamp
-from simulator.nbd_client import Address, NbdClient
-from simulator.nbd_protocol import Timing
 from simulator.oracle import Change, Oracle
 from simulator.workload import Action, Operation
 

@@ -139,7 +139,7 @@ class Cluster:
 
     def target(self) -> StorageTarget:
         """The settings of the storage account."""
-        return StorageTarget(**self._target_fields())
+        return StorageTarget(**self.target_fields())
 
     def store(self) -> PageBlobStore:
         """A new client of the container; the caller's to close."""
@@ -199,7 +199,7 @@ class Cluster:
             "port": port,
             "cache_bytes": 256 * MIB,
             "heartbeat_seconds": HEARTBEAT_SECONDS,
-            "storage": self._target_fields(),
+            "storage": self.target_fields(),
         }
         write_toml(directory / "settings.toml", settings | self._process_server_settings)
 
@@ -272,7 +272,7 @@ class Cluster:
 
     async def replicar(self, *arguments: str | Path, limit_seconds: float = command.LIMIT_SECONDS) -> Result:
         """Run the operator's command with this cluster's settings."""
-        write_toml(self.operator_settings, {"identity": str(self.vault / "operator"), "storage": self._target_fields()})
+        write_toml(self.operator_settings, {"identity": str(self.vault / "operator"), "storage": self.target_fields()})
         settings = {"REPLICAR_SETTINGS": str(self.operator_settings)}
         return await command.run("replicar", *arguments, environment=settings, limit_seconds=limit_seconds)
 
@@ -296,7 +296,8 @@ class Cluster:
     def _child(self, name: str, *arguments: str | Path, program: Sequence[str | Path] | None = None) -> Child:
         return Child(name, [*(program or command.program(name)), *arguments], self._logs / f"{name}.log")
 
-    def _target_fields(self) -> dict[str, Any]:
+    def target_fields(self) -> dict[str, Any]:
+        """The settings of the storage account, as a part's settings file has them."""
         key_file = self.directory / "account-key"
         if not key_file.exists():
             key_file.touch(mode=0o600)

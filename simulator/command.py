@@ -23,6 +23,7 @@ _MODULES: Final = {
     "config-server": "config_server.cli",
     "process-server": "process_server.cli",
     "mobility-agent": "mobility_agent.cli",
+    "recovery-worker": "recovery.worker.cli",
 }
 
 

@@ -42,11 +42,11 @@ _ENDS: Final = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLE
 def claim(connection: sqlite3.Connection, worker: Party, request: ClaimRequest, now_ns: int) -> Claim:
     """The oldest job that is to be had, now this worker's; an empty claim if there is none."""
     book.note_worker(connection, worker.id, request.instance, request.kinds, now_ns)
-    while (job := _next(connection, request, now_ns)) is not None:
+    name = f"{worker.name}/{request.instance}"
+    while (job := _next(connection, request, name, now_ns)) is not None:
         if job.fence >= MAX_CLAIMS:
             _give_up(connection, job, now_ns)
             continue
-        name = f"{worker.name}/{request.instance}"
         update: dict[str, object] = {
             "state": JobState.IN_PROGRESS,
             "started_ns": job.started_ns or now_ns,
@@ -138,12 +138,15 @@ def owned(connection: sqlite3.Connection, worker: Party, job_id: str, fence: int
     return job
 
 
-def _next(connection: sqlite3.Connection, request: ClaimRequest, now_ns: int) -> Job | None:
+def _next(connection: sqlite3.Connection, request: ClaimRequest, name: str, now_ns: int) -> Job | None:
+    """The oldest job that is due; one that this very instance has is due at once, since who asks for more does not
+    know of it: it was killed, and is back."""
     marks = ", ".join("?" * len(request.kinds))
     rows = connection.execute(
-        f"SELECT job FROM jobs WHERE ended_ns IS NULL AND due_ns <= ? AND kind IN ({marks})"  # noqa: S608 - question marks
+        f"SELECT job FROM jobs WHERE ended_ns IS NULL AND kind IN ({marks})"  # noqa: S608 - question marks
+        " AND (due_ns <= ? OR (json_extract(job, '$.worker') = ? AND json_extract(job, '$.state') = 'in-progress'))"
         " AND (? IS NULL OR id = ?) ORDER BY number",
-        (now_ns, *request.kinds, request.job, request.job),
+        (*request.kinds, now_ns, name, request.job, request.job),
     )
     for row in rows:
         job = Job.model_validate_json(row["job"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, Protocol
 
 from recovery.export.overlay import Overlay
 from recovery.export.readahead import ReadAhead
@@ -28,6 +28,20 @@ READ_AHEADS: Final = 2
 _log = logging.getLogger(__name__)
 
 
+class Point(Protocol):
+    """What a disk held at a point: a view of the log, or files that were made of it."""
+
+    async def read(self, disk: Disk, offset: int, length: int) -> bytes: ...
+
+    async def stretches(self, disk: Disk, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        """(start, end) of what is no zeros, ascending."""
+        ...
+
+    async def warm(self, disk: Disk, offset: int, length: int) -> None:
+        """That range will be read soon."""
+        ...
+
+
 class ServedDisk:
     """One disk.
 
@@ -35,7 +49,7 @@ class ServedDisk:
         overlay: where writes go; None: there are none.
     """
 
-    def __init__(self, view: View, disk: Disk, overlay: Overlay | None = None) -> None:
+    def __init__(self, view: Point, disk: Disk, overlay: Overlay | None = None) -> None:
         self.name, self.size_bytes = disk.name, disk.size_bytes
         self.overlay = overlay
         self._view, self._disk = view, disk

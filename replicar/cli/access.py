@@ -19,8 +19,7 @@ import typer
 
 from recovery.chunks import MachineLog
 from replicar.cli.settings import OperatorSettings
-from replicar.control.keys import key_number
-from replicar.control.messages import MachineKey
+from replicar.control.keys import data_keys
 from replicar.control.vault_key import VaultKey
 from replicar.errors import CorruptionError, PermanentError
 from replicar.log.reader import LogReader
@@ -82,12 +81,6 @@ async def open_machine(
     vault_key = await asyncio.to_thread(VaultKey.read, vault_key_file, hint="give the copy that was kept of vault.key")
     async with open_store(target) as store:
         yield Access(MachineLog(store, machine_id, await _unwrapped(store, machine_id, vault_key, vault_key_file)))
-
-
-def data_keys(key: MachineKey) -> dict[int, bytes]:
-    """All data keys that the config server gave, by key id."""
-    former = {key_number(each.key_id): each.data_key_bytes() for each in key.former_keys}
-    return {**former, key_number(key.key_id): key.data_key_bytes()}
 
 
 async def _unwrapped(store: PageBlobStore, machine_id: uuid.UUID, vault_key: VaultKey, path: Path) -> dict[int, bytes]:

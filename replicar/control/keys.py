@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 
+from replicar.control.messages import MachineKey
 from replicar.errors import PermanentError
 
 
@@ -27,3 +28,9 @@ def key_number(key_id: str) -> int:
             key_id=key_id,
         )
     return number
+
+
+def data_keys(key: MachineKey) -> dict[int, bytes]:
+    """All data keys of a machine that the config server gave, the former ones too, by number."""
+    former = {key_number(each.key_id): each.data_key_bytes() for each in key.former_keys}
+    return {**former, key_number(key.key_id): key.data_key_bytes()}

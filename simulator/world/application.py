@@ -14,7 +14,7 @@ from typing import Final
 
 from replicar.clock import Clock
 from replicar.errors import PermanentError, TransientError
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from simulator.workload import SECTOR_BYTES, Action, Operation
 from simulator.workloads import Workload
 from simulator.world.parts import NBD_PORT

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from replicar.control.files import write_file
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from tests.cli.conftest import Operator, Stored
 
 

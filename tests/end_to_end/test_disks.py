@@ -9,10 +9,10 @@ import signal
 from pathlib import Path
 
 from replicar.errors import ReplicarError
+from replicar.nbd.client import NbdClient
 from simulator.application import Application
 from simulator.cluster import Cluster
 from simulator.demo.story import moment
-from simulator.nbd_client import NbdClient
 from simulator.oracle import LATEST_NS, FileImage, Oracle
 from simulator.workload import paced, uniform, whole_disk
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from replicar.nbd.client import NbdClient
 from simulator import command
 from simulator.child import Child
 from simulator.cluster import READY_SECONDS, Cluster, write_toml
 from simulator.command import Result
-from simulator.nbd_client import NbdClient
 
 pytestmark = pytest.mark.timeout(240)
 

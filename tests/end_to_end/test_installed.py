@@ -11,10 +11,10 @@ import pytest
 
 from mobility_agent.install import unit
 from mobility_agent.settings import load_settings
+from replicar.nbd.client import NbdClient
 from simulator import command
 from simulator.cluster import Cluster
 from simulator.command import Result
-from simulator.nbd_client import NbdClient
 from tests.end_to_end.stage import DISK, make_image, stage
 from tests.mobility_agent.trace.rig import loop_disk
 

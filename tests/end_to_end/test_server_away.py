@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from replicar.nbd.client import NbdClient
 from simulator.demo.story import moment
-from simulator.nbd_client import NbdClient
 from tests.end_to_end.stage import DISK, DISK_BYTES, Stage, stage
 
 pytestmark = pytest.mark.timeout(240)

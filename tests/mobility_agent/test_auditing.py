@@ -14,7 +14,7 @@ from mobility_agent.auditing import CHUNK_BYTES, PIECE_BYTES, Auditor
 from mobility_agent.capture.disk import Disk
 from replicar.clock import SystemClock
 from replicar.formats.frame import AUDIT_DIGEST_BYTES, Frame, Kind
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from tests.mobility_agent.core import MIB, Core, agent_core, frames_of
 
 DISK_BYTES = 4 * MIB + 512

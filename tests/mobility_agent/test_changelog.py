@@ -18,7 +18,7 @@ from replicar.errors import ConflictError, CorruptionError, LimitError, Replicar
 from replicar.formats import record
 from replicar.formats.changelog import FRAMES_OFFSET
 from replicar.formats.frame import ANEW_STEP, Kind, begins_anew, may_begin_anew
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from tests.mobility_agent.core import FILE_BYTES, MIB, agent_core, frames_of, gap_flags, open_log, replay
 
 

@@ -19,7 +19,7 @@ import pytest
 from config_server.foundation import found_vault
 from config_server.vault import PASSPHRASE_FILE
 from replicar.control.identity import Identity, Role
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from tests.config_server.support import House, SetClock, running
 from tests.mobility_agent.core import MIB, replay
 from tests.mobility_agent.wire_server import WireServer

@@ -17,7 +17,7 @@ from replicar.control.messages import Command, GroupVerdict
 from replicar.formats import record
 from replicar.formats.frame import Kind
 from replicar.formats.record import Consistency
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from tests.mobility_agent.core import Core, agent_core, frames_of
 
 GROUP = "9f0c7f0e-6a65-4d4c-8f0a-5a0f6c1f6c11"

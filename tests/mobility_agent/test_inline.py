@@ -13,7 +13,7 @@ import pytest
 from mobility_agent.capture.disk import Disk
 from replicar.errors import PermanentError
 from replicar.nbd import protocol as nbd
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from tests.mobility_agent.core import MIB, agent_core, frames_of, gap_flags, replay
 from tests.support.tools import need
 

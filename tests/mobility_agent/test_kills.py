@@ -14,7 +14,7 @@ import pytest
 from mobility_agent.logstate import Past
 from replicar.errors import ReplicarError
 from replicar.formats import frame
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from tests.mobility_agent.core import MIB, Core, agent_core, replay
 from tests.mobility_agent.killable import FEW_EXTENTS, SMALL_LOG, last_of
 

@@ -19,7 +19,7 @@ from replicar.clock import SystemClock
 from replicar.errors import ReplicarError
 from replicar.formats import frame
 from replicar.formats.frame import Frame
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from tests.mobility_agent.core import MIB, Core, agent_core, frames_of, replay
 from tests.mobility_agent.power import Power
 

@@ -24,7 +24,7 @@ from replicar.control.identity import Role
 from replicar.errors import PermanentError, TransientError
 from replicar.formats import record
 from replicar.formats.frame import Kind
-from simulator.nbd_client import NbdClient
+from replicar.nbd.client import NbdClient
 from tests.config_server.support import House, SetClock, running
 from tests.mobility_agent.core import MIB, replay
 from tests.mobility_agent.wire_server import WireServer

@@ -14,7 +14,7 @@ from replicar.errors import PermanentError, TransientError
 from simulator.application import Application
 from simulator.oracle import LATEST_NS, FileImage, Oracle
 from simulator.workload import Action, Extent, Operation, Space, oltp, paced, uniform, whole_disk
-from tests.simulator.nbd_servers import nbdkit, qemu_nbd
+from tests.nbd.nbd_servers import nbdkit, qemu_nbd
 
 DISK_BYTES = 4 << 20
 

@@ -14,8 +14,8 @@ from mobility_agent.capture.disk import Disk
 from mobility_agent.checkpoint import Checkpointer
 from replicar.clock import SystemClock
 from replicar.formats.frame import Kind
+from replicar.nbd.client import NbdClient
 from simulator import e2fsprogs
-from simulator.nbd_client import NbdClient
 from tests.mobility_agent.allocation.images import asked, noise, run
 from tests.mobility_agent.core import MIB, Core, agent_core, frames_of, replay
 from tests.mobility_agent.power import Power

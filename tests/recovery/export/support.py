@@ -15,8 +15,8 @@ from recovery.export.server import ExportServer
 from recovery.points import Latest, locate
 from recovery.view import View
 from replicar.formats import segment
+from replicar.nbd.client import NbdClient
 from replicar.storage import MemoryStore
-from simulator.nbd_client import NbdClient
 from tests.recovery.log_builder import LogBuilder
 
 MIB = 1 << 20

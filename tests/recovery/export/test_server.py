@@ -16,8 +16,8 @@ from bench.certificates import Certificates
 from recovery.export.server import ExportServer
 from recovery.view import View
 from replicar.errors import CorruptionError, PermanentError, TransientError
+from replicar.nbd.client import NbdClient
 from replicar.nbd.tls import server_context
-from simulator.nbd_client import NbdClient
 from tests.recovery.export.support import MIB, SIZES, build, exported, run, served, view_of
 from tests.recovery.log_builder import LogBuilder
 from tests.support.tools import need

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from replicar.errors import PermanentError, TransientError
-from simulator.nbd_client import NbdClient
-from simulator.nbd_protocol import MAX_IN_FLIGHT, ExportFlag
-from tests.simulator.nbd_servers import nbdkit, qemu_nbd
+from replicar.nbd.client import NbdClient
+from replicar.nbd.client_protocol import MAX_IN_FLIGHT, ExportFlag
+from tests.nbd.nbd_servers import nbdkit, qemu_nbd
 
 DISK_BYTES = 8 << 20
 

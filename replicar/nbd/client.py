@@ -1,13 +1,13 @@
-"""A small NBD client: the application's side of a protected disk, for the demo, the tests and the benchmarks.
+"""A small NBD client: the application's side of a protected disk, and how a failback writes to one.
 
 It speaks the newstyle handshake (NBD_OPT_GO) and simple replies over a Unix socket or TCP, keeps many requests in
 flight on one connection, and says of each when it was handed to the connection and when its reply came. Those two times
-are what the oracle knows; so this client shares no code with the agent that it is pointed at.
+are what the oracle of the tests knows; so this client shares no code with the servers that it is pointed at.
 
 A connection that breaks leaves requests of which nobody can say whether they were done. They end with a
 `TransientError`; what an application may then assume is nothing, and the oracle assumes just that.
 
-Weak: no TLS, no structured replies, one connection an object.
+Weak: no structured replies, one connection an object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Final, Self, TypeAlias
 
 from replicar.errors import TransientError
-from simulator.nbd_protocol import REQUEST, REQUEST_MAGIC, Command, ExportFlag, NbdConnection, Timing
+from replicar.nbd.client_protocol import REQUEST, REQUEST_MAGIC, Command, ExportFlag, NbdConnection, Timing
 
 Address: TypeAlias = Path | tuple[str, int]
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -68,7 +68,7 @@ class NbdClient:
         except (OSError, TimeoutError) as error:
             raise TransientError(
                 f"no NBD server answers at {_named(address)}: {str(error) or type(error).__name__}",
-                hint="is the mobility agent up?",
+                hint="is what serves the disk up?",
                 address=_named(address),
             ) from error
         return cls(transport, protocol)

@@ -1,0 +1,146 @@
+"""A recovery worker: claims jobs and carries them out, one after another.
+
+One at a time is enough for one host, whose machines share its cores, and keeps a failover from waiting for nothing but
+a drill's memory; more hosts take more jobs. On SIGTERM it stops after the step that it is at; killed, its job is
+claimed by another when the lease runs out, or by itself when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from recovery.worker.desk import Desk
+from recovery.worker.hands import Hands, QemuHands
+from recovery.worker.homeward import Homeward
+from recovery.worker.outward import Outward
+from recovery.worker.rounds import Work, carry_out
+from recovery.worker.settings import WorkerSettings
+from replicar.clock import Clock
+from replicar.control.client import ControlClient
+from replicar.control.files import make_directory
+from replicar.control.identity import Identity
+from replicar.control.messages import ClaimRequest, JobKind, JobState
+from replicar.errors import PermanentError, TransientError
+from replicar.storage.store import PageBlobStore
+from replicar.storage.target import open_store
+
+#: How long a claim waits for a job.
+WAIT_SECONDS: Final = 20.0
+LONGEST_PAUSE_SECONDS: Final = 30.0
+OUTWARD: Final = (
+    JobKind.TEST_FAILOVER,
+    JobKind.CLEAN_UP,
+    JobKind.FAILOVER,
+    JobKind.CHANGE_POINT,
+    JobKind.CANCEL_FAILOVER,
+    JobKind.COMMIT,
+)
+HOMEWARD: Final = (JobKind.FAILBACK, JobKind.REPROTECT)
+
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """See the module. `file`: where the settings are from, for exporters, which read them for themselves."""
+
+    def __init__(self, settings: WorkerSettings, file: Path | None, clock: Clock) -> None:
+        self._settings, self._clock = settings, clock
+        self._hands: Mapping[str, Hands] = {"qemu": QemuHands(settings, file)}
+
+    async def run(self, stop: asyncio.Event, *, once: bool = False) -> None:
+        """Work until `stop` is set; with `once`, until there is nothing to do.
+
+        Raises:
+            PermanentError: the identity is none, or not one that may do this.
+        """
+        make_directory(self._settings.directory)
+        identity = Identity.load(self._settings.identity)
+        with own_instance(self._settings.directory) as instance:
+            await self._work(identity, instance, stop, once=once)
+
+    async def _work(self, identity: Identity, instance: str, stop: asyncio.Event, *, once: bool) -> None:
+        pause = 1.0
+        async with (
+            open_store(self._settings.storage, clock=self._clock) as store,
+            ControlClient(identity, address=self._settings.config_server) as control,
+        ):
+            while not stop.is_set():
+                request = ClaimRequest(
+                    instance=instance,
+                    kinds=OUTWARD + HOMEWARD,
+                    computes=tuple(self._hands),
+                    wait_seconds=0.0 if once else WAIT_SECONDS,
+                )
+                claiming, stopping = asyncio.create_task(control.claim(request)), asyncio.create_task(stop.wait())
+                await asyncio.wait((claiming, stopping), return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+                if not claiming.done():
+                    claiming.cancel()
+                    await asyncio.gather(claiming, return_exceptions=True)
+                    return
+                try:
+                    claim = claiming.result()
+                except TransientError as error:
+                    _log.warning("the config server does not answer: %s", error)
+                    await self._clock.sleep(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                    continue
+                pause = 1.0
+                if claim.job is not None:
+                    await self._carry_out(Desk(control, claim, self._clock, host=instance), store, stop)
+                elif once:
+                    return
+
+    async def _carry_out(self, desk: Desk, store: PageBlobStore, stop: asyncio.Event) -> None:
+        try:
+            works = self._works(desk, store)
+        except PermanentError as error:
+            await desk.finish(JobState.FAILED, error)
+        else:
+            await carry_out(desk, works, stop)
+
+    def _works(self, desk: Desk, store: PageBlobStore) -> Mapping[str, Work]:
+        wanted = desk.job.parameters.compute or next(
+            (job.result["compute"] for job in desk.before if "compute" in job.result), "qemu"
+        )
+        hands = self._hands.get(wanted)
+        if hands is None:
+            raise PermanentError(f"this worker has no compute {wanted!r}", hint=f"it has {', '.join(self._hands)}")
+        if desk.job.kind in HOMEWARD:
+            return Homeward(desk, hands, store, self._settings.directory).works()
+        return Outward(desk, hands, store).works()
+
+
+@contextmanager
+def own_instance(directory: Path) -> Iterator[str]:
+    """What this directory's worker is called towards the config server, always the same: a worker that was killed gets
+    its job back at once when it returns. One process at a time has it.
+
+    Raises:
+        PermanentError: another worker is at work in that directory.
+    """
+    with (directory / "instance").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermanentError(
+                f"another recovery worker is at work in {directory}",
+                hint="end it first, or give this one a directory of its own",
+                path=str(directory),
+            ) from None
+        file.seek(0)
+        instance = file.read().strip()
+        if not instance:
+            instance = uuid.uuid4().hex
+            file.write(instance)
+            file.flush()
+            os.fsync(file.fileno())
+        yield instance
