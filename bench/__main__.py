@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench import capture, churn, datapath, limit
+from bench import capture, churn, datapath, limit, recovery
 from bench.report import Report, show
 from replicar.errors import ReplicarError
 
@@ -80,6 +80,11 @@ BENCHMARKS: Final = {
         "8 KiB random writes through the whole path: the RPO at a rate, and the highest rate that is held",
         _churn_options,
         churn.run,
+    ),
+    "recovery": Benchmark(
+        "how soon any point of a large disk can be read, and how fast a disk comes back, beside the raw steps",
+        recovery.options,
+        recovery.run,
     ),
 }
 

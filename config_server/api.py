@@ -1,7 +1,8 @@
 """The HTTP side: routes with the roles that may use them, who is asking, and errors as JSON with a status.
 
 One port serves all. The connection is TLS 1.3 with an *optional* client certificate, since a part that is to be
-enrolled has none; every route but those two demands one, of a role that may use it, of a party the registry knows.
+enrolled has none. Every route but the public ones demands one, of a role that may use it, of a party the registry
+knows; or a bearer token (see `tokens`), for programs that are no part of Replicar.
 
 An error travels as `ReplicarError.as_dict()`. Its status is its field `status` where it has one, or follows from its
 class; `Retry-After` says when to come back where that is known.
@@ -13,11 +14,11 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, get_type_hints
 
 from aiohttp import web
 
-from config_server import parties
+from config_server import parties, tokens
 from config_server.bells import Bells
 from config_server.enrolment import AttemptLimit
 from config_server.groups import Groups
@@ -73,6 +74,16 @@ class Call:
     query: dict[str, str]
     address: str
     party: Party | None
+    by_token: bool = False
+
+    def needs_certificate(self) -> None:
+        """Raises:
+        PermanentError: who asks has shown a token only, which anybody can have copied.
+        """
+        if self.by_token:
+            raise PermanentError(
+                "a certificate is asked for here, not a token", hint="use the `replicar` command", status=403
+            )
 
     def flag(self, name: str) -> bool:
         """A yes or no of the query; no, where it is not there.
@@ -95,12 +106,22 @@ Handler: TypeAlias = Callable[[Context, Call], Awaitable[Message]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A way in; `roles` None means public."""
+    """A way in; `roles` None means public. `request` is what its body holds, `query` the names that it reads there."""
 
     method: str
     path: str
     handler: Handler
     roles: frozenset[Role] | None
+    request: type[Message] | None = None
+    query: tuple[str, ...] = ()
+
+    @property
+    def reply(self) -> type[Message]:
+        """What its answer holds."""
+        found = get_type_hints(self.handler)["return"]
+        assert isinstance(found, type)
+        assert issubclass(found, Message)
+        return found
 
 
 def application(context: Context, routes: Iterable[Route]) -> web.Application:
@@ -138,6 +159,7 @@ def _handler(context: Context, route: Route) -> Callable[[web.Request], Awaitabl
             query=dict(request.query),
             address=request.remote or "",
             party=party,
+            by_token="Authorization" in request.headers,
         )
         reply = await route.handler(context, call)
         return web.Response(body=reply.to_json(), content_type="application/json")
@@ -146,15 +168,25 @@ def _handler(context: Context, route: Route) -> Callable[[web.Request], Awaitabl
 
 
 async def _authorised(context: Context, request: web.Request, roles: frozenset[Role]) -> Party:
+    bearer = request.headers.get("Authorization")
+    if bearer is not None:
+        now_ns = context.clock.now_ns()
+        party = await context.registry.run(lambda connection: tokens.authorise(connection, bearer, now_ns))
+        _check_role(request, party.role, roles)
+        return party
     transport = request.transport
     peer = peer_identity(transport.get_extra_info("ssl_object") if transport is not None else None)
-    if peer.role not in roles:
+    _check_role(request, peer.role, roles)
+    return await context.registry.run(lambda connection: parties.authorise(connection, peer))
+
+
+def _check_role(request: web.Request, role: Role, roles: frozenset[Role]) -> None:
+    if role not in roles:
         raise PermanentError(
-            f"a {peer.role} may not {request.method} {request.path}",
+            f"a {role} may not {request.method} {request.path}",
             hint=f"use the identity of: {', '.join(sorted(roles))}",
             status=403,
         )
-    return await context.registry.run(lambda connection: parties.authorise(connection, peer))
 
 
 @web.middleware

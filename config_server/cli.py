@@ -142,12 +142,13 @@ def registration_key(
 def operator(
     name: Annotated[str, typer.Argument(help="The operator's name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write the identity into.")],
+    admin: Annotated[bool, typer.Option("--admin", help="One who may also let others in: `replicar token`.")] = False,
     directory: Directory = None,
     settings: SettingsFile = None,
     as_json: Json = False,
 ) -> None:
     """Make an operator's identity, for the `replicar` command; doing it again for a name ends the former one."""
-    _make_identity(Role.OPERATOR, name, output, directory, settings, as_json)
+    _make_identity(Role.ADMIN if admin else Role.OPERATOR, name, output, directory, settings, as_json)
 
 
 @app.command()

@@ -191,19 +191,16 @@ def _ring(context: Context, job: Job, *servers: uuid.UUID | None) -> None:
     context.bells.ring(Topic.JOBS, EVERYBODY)
 
 
-ROUTES: Final[tuple[Route, ...]] = tuple(
-    Route(method, path, handler, roles)
-    for method, path, handler, roles in (
-        ("POST", "/machines/{name}/jobs", post_job, OPERATORS),
-        ("GET", "/machines/{name}/jobs", get_jobs, PEOPLE),
-        ("GET", "/machines/{name}/drills", get_drills, PEOPLE),
-        ("GET", "/jobs", get_jobs, PEOPLE),
-        ("GET", "/jobs/{id}", get_job, PEOPLE),
-        ("POST", "/jobs/{id}/cancel", post_cancel, OPERATORS),
-        ("POST", "/worker/claim", post_claim, WORKERS),
-        ("POST", "/worker/jobs/{id}/report", post_report, WORKERS),
-        ("POST", "/worker/jobs/{id}/finish", post_finish, WORKERS),
-        ("POST", "/worker/jobs/{id}/hold", post_hold, WORKERS),
-        ("POST", "/worker/jobs/{id}/release", post_release, WORKERS),
-    )
+ROUTES: Final[tuple[Route, ...]] = (
+    Route("POST", "/machines/{name}/jobs", post_job, OPERATORS, JobRequest),
+    Route("GET", "/machines/{name}/jobs", get_jobs, PEOPLE, query=("going",)),
+    Route("GET", "/machines/{name}/drills", get_drills, PEOPLE),
+    Route("GET", "/jobs", get_jobs, PEOPLE, query=("machine", "going")),
+    Route("GET", "/jobs/{id}", get_job, PEOPLE),
+    Route("POST", "/jobs/{id}/cancel", post_cancel, OPERATORS, JobCancel),
+    Route("POST", "/worker/claim", post_claim, WORKERS, ClaimRequest),
+    Route("POST", "/worker/jobs/{id}/report", post_report, WORKERS, JobReport),
+    Route("POST", "/worker/jobs/{id}/finish", post_finish, WORKERS, JobEnd),
+    Route("POST", "/worker/jobs/{id}/hold", post_hold, WORKERS, HoldRequest),
+    Route("POST", "/worker/jobs/{id}/release", post_release, WORKERS, HoldRequest),
 )

@@ -35,6 +35,7 @@ from replicar.control.messages import (
     ProcessServerInstructions,
 )
 from replicar.errors import PermanentError
+from replicar.signals import worst
 
 #: Three of the longest polls: who was not heard of for so long is away.
 LIVE_SECONDS: Final = 90
@@ -109,6 +110,8 @@ def record_process_server(
             now_ns,
         ),
     )
+    level = worst(signal.level for signal in heartbeat.signals)
+    connection.execute("INSERT OR REPLACE INTO temp.server_health VALUES (?, ?)", (str(server_id), str(level)))
     reported = []
     for progress in heartbeat.machines:
         if not _record_progress(connection, server_id, progress):

@@ -34,6 +34,7 @@ from replicar.errors import PermanentError, TransientError
 
 
 async def get_status(context: Context, call: Call) -> VaultStatus:
+    """The vault at a glance: process servers, machines, what is in their way."""
     now_ns = context.clock.now_ns()
 
     def read(connection: sqlite3.Connection) -> VaultStatus:
@@ -51,12 +52,14 @@ async def get_status(context: Context, call: Call) -> VaultStatus:
 
 
 async def get_machines(context: Context, call: Call) -> MachineList:
+    """All machines that were not removed."""
     now_ns = context.clock.now_ns()
     found = await context.registry.run(lambda c: overview.summaries(c, now_ns, context.troubles))
     return MachineList(machines=found)
 
 
 async def get_machine(context: Context, call: Call) -> MachineSummary:
+    """One machine, with all its figures."""
     name, now_ns = call.names["name"], context.clock.now_ns()
     return await context.registry.run(
         lambda c: overview.summary(c, parties.machine_named(c, name).id, now_ns, context.troubles)
@@ -84,6 +87,7 @@ async def post_protect(context: Context, call: Call) -> MachineSummary:
 
 
 async def post_move(context: Context, call: Call) -> MachineSummary:
+    """Give a machine to another process server; raises its epoch."""
     name, request, now_ns = call.names["name"], MoveRequest.from_json(call.body), context.clock.now_ns()
 
     def change(connection: sqlite3.Connection) -> tuple[Move, MachineSummary]:
@@ -104,6 +108,7 @@ def ring_move(bells: Bells, move: Move) -> None:
 
 
 async def post_remove(context: Context, call: Call) -> MachineSummary:
+    """End a machine's protection and refuse its certificate; what is stored stays, and its key."""
     name, now_ns = call.names["name"], context.clock.now_ns()
 
     def change(connection: sqlite3.Connection) -> tuple[uuid.UUID | None, MachineSummary]:
@@ -143,6 +148,7 @@ async def post_destroy_keys(context: Context, call: Call) -> MachineSummary:
 
 
 async def post_rotate_key(context: Context, call: Call) -> MachineSummary:
+    """Seal what a machine sends from here on by a new key."""
     name, now_ns = call.names["name"], context.clock.now_ns()
 
     def change(connection: sqlite3.Connection) -> tuple[uuid.UUID | None, MachineSummary]:
@@ -159,6 +165,7 @@ async def post_rotate_key(context: Context, call: Call) -> MachineSummary:
 
 
 async def get_points(context: Context, call: Call) -> PointList:
+    """What a machine can be recovered to."""
     name, now_ns = call.names["name"], context.clock.now_ns()
     return await context.registry.run(
         lambda c: overview.machine_points(c, parties.machine_named(c, name), now_ns, context.troubles)
@@ -166,6 +173,8 @@ async def get_points(context: Context, call: Call) -> PointList:
 
 
 async def get_key(context: Context, call: Call) -> MachineKey:
+    """A machine's data key, and how far its log must reach; who asked is audited."""
+    call.needs_certificate()
     name, now_ns = call.names["name"], context.clock.now_ns()
 
     def reveal(connection: sqlite3.Connection) -> MachineKey:
@@ -271,20 +280,17 @@ def software() -> str:
         return "unknown"
 
 
-ROUTES: Final[tuple[Route, ...]] = tuple(
-    Route(method, path, handler, roles)
-    for method, path, handler, roles in (
-        ("GET", "/status", get_status, PEOPLE),
-        ("GET", "/machines", get_machines, READERS),
-        ("GET", "/machines/{name}", get_machine, READERS),
-        ("POST", "/machines/{name}/protect", post_protect, OPERATORS),
-        ("POST", "/machines/{name}/move", post_move, OPERATORS),
-        ("POST", "/machines/{name}/remove", post_remove, OPERATORS),
-        ("POST", "/machines/{name}/destroy-keys", post_destroy_keys, OPERATORS),
-        ("POST", "/machines/{name}/rotate-key", post_rotate_key, OPERATORS),
-        ("GET", "/machines/{name}/points", get_points, READERS),
-        ("GET", "/machines/{name}/key", get_key, KEYS),
-        ("POST", "/machines/{name}/marks", post_mark, OPERATORS | {Role.RECOVERY}),
-        ("POST", "/groups", post_group, OPERATORS),
-    )
+ROUTES: Final[tuple[Route, ...]] = (
+    Route("GET", "/status", get_status, PEOPLE),
+    Route("GET", "/machines", get_machines, READERS),
+    Route("GET", "/machines/{name}", get_machine, READERS),
+    Route("POST", "/machines/{name}/protect", post_protect, OPERATORS, PolicyAssignment),
+    Route("POST", "/machines/{name}/move", post_move, OPERATORS, MoveRequest),
+    Route("POST", "/machines/{name}/remove", post_remove, OPERATORS),
+    Route("POST", "/machines/{name}/destroy-keys", post_destroy_keys, OPERATORS, DestroyRequest),
+    Route("POST", "/machines/{name}/rotate-key", post_rotate_key, OPERATORS),
+    Route("GET", "/machines/{name}/points", get_points, READERS),
+    Route("GET", "/machines/{name}/key", get_key, KEYS),
+    Route("POST", "/machines/{name}/marks", post_mark, OPERATORS | {Role.RECOVERY}, MarkRequest, query=("wait",)),
+    Route("POST", "/groups", post_group, OPERATORS, GroupRequest),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import uuid
+from dataclasses import asdict
 from typing import Final
 
 from config_server import lives, points
@@ -14,11 +15,13 @@ from replicar.control.identity import INCARNATION_SHIFT
 from replicar.control.message import ErrorReport
 from replicar.control.messages import (
     AgentHeartbeat,
+    HealthSignal,
     MachineState,
     MachineSummary,
     PointList,
     ProcessServerSummary,
 )
+from replicar.signals import of_silence, worst
 
 #: The state of a machine whose agent has not reported yet, and of one that was removed.
 ENROLLED: Final = "enrolled"
@@ -72,20 +75,29 @@ def process_servers(
         " FROM parties LEFT JOIN process_servers ON process_servers.id = parties.id"
         " WHERE parties.role = 'process-server' AND parties.removed_ns IS NULL ORDER BY parties.name"
     ).fetchall()
-    return tuple(
-        ProcessServerSummary(
-            id=uuid.UUID(row["id"]),
-            name=row["name"],
-            online=_is_live(row["heartbeat_ns"], now_ns),
-            last_heartbeat_ns=row["heartbeat_ns"],
-            host=row["host"] or "",
-            port=row["port"] or 0,
-            cache_bytes=row["cache_bytes"] or 0,
-            cache_bytes_free=row["cache_bytes_free"] or 0,
-            machines=row["machines"],
-            errors=troubles.of_server(uuid.UUID(row["id"])) if _is_live(row["heartbeat_ns"], now_ns) else (),
-        )
-        for row in rows
+    return tuple(_server(row, now_ns, troubles) for row in rows)
+
+
+def _server(row: sqlite3.Row, now_ns: int, troubles: Troubles) -> ProcessServerSummary:
+    server_id, online = uuid.UUID(row["id"]), _is_live(row["heartbeat_ns"], now_ns)
+    signals = troubles.signals_of(server_id) if online else ()
+    if not online and row["heartbeat_ns"] is not None:
+        silent_seconds = (now_ns - row["heartbeat_ns"]) / 1e9
+        silent = of_silence(f"process server {row['name']}", silent_seconds, "`process-server run`", "806")
+        signals = (HealthSignal.model_validate(asdict(silent)),)
+    return ProcessServerSummary(
+        id=server_id,
+        name=row["name"],
+        online=online,
+        last_heartbeat_ns=row["heartbeat_ns"],
+        host=row["host"] or "",
+        port=row["port"] or 0,
+        cache_bytes=row["cache_bytes"] or 0,
+        cache_bytes_free=row["cache_bytes_free"] or 0,
+        machines=row["machines"],
+        errors=troubles.of_server(server_id) if online else (),
+        health=worst(signal.level for signal in signals),
+        signals=signals,
     )
 
 
@@ -118,11 +130,19 @@ def _summary(connection: sqlite3.Connection, row: sqlite3.Row, now_ns: int, trou
         journal_full_seconds=report.journal_full_seconds,
         copy_remaining_seconds=report.copy_remaining_seconds,
         capture=report.capture,
+        source_bytes=report.unstored_bytes,
+        pending_bytes=_pending(row, troubles),
         life=lives.state_of(connection, machine_id),
         life_since_ns=lives.stored(connection, machine_id).since_ns,
         storing=not errors,
         errors=errors,
     )
+
+
+def _pending(row: sqlite3.Row, troubles: Troubles) -> int:
+    if row["process_server_id"] is None:
+        return 0
+    return troubles.pending_of(uuid.UUID(row["process_server_id"]), uuid.UUID(row["id"]))
 
 
 def _errors(row: sqlite3.Row, now_ns: int, troubles: Troubles) -> tuple[ErrorReport, ...]:

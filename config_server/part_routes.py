@@ -26,10 +26,12 @@ _Instructions = TypeVar("_Instructions", AgentInstructions, ProcessServerInstruc
 
 
 async def get_vault(context: Context, call: Call) -> VaultInfo:
+    """The vault's public facts, and the server's time."""
     return VaultInfo(id=context.vault.id, name=context.vault.name, time_ns=context.clock.now_ns())
 
 
 async def post_enrol(context: Context, call: Call) -> EnrolReply:
+    """Let a machine, process server or recovery worker in, by proofs of what it knows."""
     request = EnrolRequest.from_json(call.body)
     now = context.clock.monotonic()
     context.attempts.check(call.address, now)
@@ -49,6 +51,8 @@ async def post_enrol(context: Context, call: Call) -> EnrolReply:
 
 
 async def post_certificates(context: Context, call: Call) -> RenewReply:
+    """Renew the certificate of whoever asks."""
+    call.needs_certificate()
     request, party, now_ns = RenewRequest.from_json(call.body), call.asking(), context.clock.now_ns()
     certificate = context.vault.authority.issue(request.csr.encode(), party.role, party.id, now_ns)
 
@@ -61,6 +65,7 @@ async def post_certificates(context: Context, call: Call) -> RenewReply:
 
 
 async def post_machine_heartbeat(context: Context, call: Call) -> AgentInstructions:
+    """An agent's report; answered when there are other instructions, or when its patience is over."""
     heartbeat, machine, now_ns = AgentHeartbeat.from_json(call.body), call.asking(), context.clock.now_ns()
     enrolment.check_clock(f"machine {machine.name}", heartbeat.time_ns, now_ns)
 
@@ -79,6 +84,7 @@ async def post_machine_heartbeat(context: Context, call: Call) -> AgentInstructi
 
 
 async def post_process_server_heartbeat(context: Context, call: Call) -> ProcessServerInstructions:
+    """A process server's report; answered when there are other assignments, or when its patience is over."""
     heartbeat, server, now_ns = ProcessServerHeartbeat.from_json(call.body), call.asking(), context.clock.now_ns()
     enrolment.check_clock(f"process server {server.name}", heartbeat.time_ns, now_ns)
     reported, moved = await context.registry.run(
@@ -120,13 +126,16 @@ async def _news(
 
 _ANY: Final = frozenset(Role)
 
-ROUTES: Final[tuple[Route, ...]] = tuple(
-    Route(method, path, handler, roles)
-    for method, path, handler, roles in (
-        ("GET", "/vault", get_vault, None),
-        ("POST", "/enrol", post_enrol, None),
-        ("POST", "/certificates", post_certificates, _ANY),
-        ("POST", "/heartbeats/machine", post_machine_heartbeat, frozenset({Role.MACHINE})),
-        ("POST", "/heartbeats/process-server", post_process_server_heartbeat, frozenset({Role.PROCESS_SERVER})),
-    )
+ROUTES: Final[tuple[Route, ...]] = (
+    Route("GET", "/vault", get_vault, None),
+    Route("POST", "/enrol", post_enrol, None, EnrolRequest),
+    Route("POST", "/certificates", post_certificates, _ANY, RenewRequest),
+    Route("POST", "/heartbeats/machine", post_machine_heartbeat, frozenset({Role.MACHINE}), AgentHeartbeat),
+    Route(
+        "POST",
+        "/heartbeats/process-server",
+        post_process_server_heartbeat,
+        frozenset({Role.PROCESS_SERVER}),
+        ProcessServerHeartbeat,
+    ),
 )

@@ -5,6 +5,8 @@ does: the next server breaks the leases of every blob of an older epoch before i
 store refuses the former one from then on. The agent, which keeps everything that is not stored, goes on with the new
 server from there. So nobody has to be asked, least of all a server that is gone with its disk.
 
+A server in critical health is never chosen, and one with a warning last (see `replicar.signals`).
+
 Weak: a server is chosen by how many machines it has and how much of its cache is free, not by what they write.
 """
 
@@ -22,6 +24,7 @@ from config_server.vault import Vault
 from replicar.control.identity import Role
 from replicar.control.messages import MachineState
 from replicar.errors import LimitError, PermanentError
+from replicar.signals import Level
 
 FIRST_EPOCH: Final = 1
 #: What blob names and headers hold.
@@ -53,7 +56,8 @@ def protect(connection: sqlite3.Connection, vault: Vault, machine: Party, now_ns
     if server_id is None:
         raise PermanentError(
             f"no process server is alive to protect machine {machine.name}",
-            hint="enrol one (`process-server enrol`) and start it (`process-server run`), then try again",
+            hint="enrol one (`process-server enrol`) and start it (`process-server run`), then try again; one in "
+            "critical health (`replicar status`) takes no more machines",
             status=409,
             machine=machine.name,
         )
@@ -123,7 +127,9 @@ def stranded(connection: sqlite3.Connection, now_ns: int, since_ns: int, seconds
 def _choose(connection: sqlite3.Connection, now_ns: int, *, but: uuid.UUID | None = None) -> uuid.UUID | None:
     row = connection.execute(
         "SELECT process_servers.id FROM process_servers JOIN parties ON parties.id = process_servers.id"
-        " WHERE parties.removed_ns IS NULL AND process_servers.heartbeat_ns >= ? AND process_servers.id != ? ORDER BY"
+        " LEFT JOIN temp.server_health AS health ON health.id = process_servers.id"
+        " WHERE parties.removed_ns IS NULL AND process_servers.heartbeat_ns >= ? AND process_servers.id != ?"
+        " AND coalesce(health.level, '') != 'critical' ORDER BY coalesce(health.level, '') = 'warning',"
         " (SELECT count(*) FROM machines WHERE machines.process_server_id = process_servers.id),"
         " process_servers.cache_bytes_free DESC, process_servers.id LIMIT 1",
         (now_ns - LIVE_SECONDS * 10**9, str(but)),
@@ -142,6 +148,14 @@ def _named(connection: sqlite3.Connection, name: str, now_ns: int) -> uuid.UUID:
         raise PermanentError(
             f"process server {name} was not heard of for {LIVE_SECONDS} s",
             hint="start it (`process-server run`), or choose another one: `replicar status`",
+            status=409,
+            name=name,
+        )
+    health = connection.execute("SELECT level FROM temp.server_health WHERE id = ?", (str(party.id),)).fetchone()
+    if health is not None and health["level"] == Level.CRITICAL:
+        raise PermanentError(
+            f"process server {name} is in critical health, and takes no more machines",
+            hint="`replicar status` says why; choose another one, or mend that first",
             status=409,
             name=name,
         )

@@ -94,16 +94,13 @@ async def get_alerts(context: Context, call: Call) -> AlertList:
     return AlertList(alerts=await context.registry.run(lambda c: alerts.listed(c, lasting_only=lasting)))
 
 
-ROUTES: Final[tuple[Route, ...]] = tuple(
-    Route(method, path, handler, roles)
-    for method, path, handler, roles in (
-        ("GET", "/policies", get_policies, READERS),
-        ("GET", "/policies/{name}", get_policy, READERS),
-        ("PUT", "/policies/{name}", put_policy, OPERATORS),
-        ("GET", "/machines/{name}/policy", get_machine_policy, READERS),
-        ("PUT", "/machines/{name}/policy", put_machine_policy, OPERATORS),
-        ("GET", "/machines/{name}/target", get_target, READERS),
-        ("PUT", "/machines/{name}/target", put_target, OPERATORS),
-        ("GET", "/alerts", get_alerts, READERS),
-    )
+ROUTES: Final[tuple[Route, ...]] = (
+    Route("GET", "/policies", get_policies, READERS),
+    Route("GET", "/policies/{name}", get_policy, READERS),
+    Route("PUT", "/policies/{name}", put_policy, OPERATORS, PolicyChange),
+    Route("GET", "/machines/{name}/policy", get_machine_policy, READERS),
+    Route("PUT", "/machines/{name}/policy", put_machine_policy, OPERATORS, PolicyAssignment),
+    Route("GET", "/machines/{name}/target", get_target, READERS),
+    Route("PUT", "/machines/{name}/target", put_target, OPERATORS, TargetChange),
+    Route("GET", "/alerts", get_alerts, READERS, query=("lasting",)),
 )

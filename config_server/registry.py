@@ -23,7 +23,7 @@ from typing import Final, TypeVar
 from config_server import schema_circle as circle
 from replicar.errors import CorruptionError, PermanentError, TransientError
 
-SCHEMA_VERSION: Final = 7
+SCHEMA_VERSION: Final = 8
 BUSY_SECONDS: Final = 5.0
 #: Transactions waiting for the writer; at some 2,000 a second that is half a second of work.
 MAX_WAITING: Final = 1024
@@ -114,6 +114,7 @@ _STEPS: Final = {
         " wrapped_key BLOB NOT NULL, retired_ns INTEGER NOT NULL, PRIMARY KEY (machine_id, key_id)) STRICT",
     ),
     7: circle.ARRANGEMENTS,
+    8: circle.TOKENS,
 }
 
 _T = TypeVar("_T")
@@ -138,6 +139,8 @@ class Registry:
             self.connection.execute("PRAGMA synchronous = FULL")
             self.connection.execute("PRAGMA foreign_keys = ON")
             self.connection.execute("PRAGMA secure_delete = ON")  # a key that is destroyed leaves no copy in the file
+            # How healthy process servers say they are just now; what a new server does not know it is told in seconds.
+            self.connection.execute("CREATE TEMP TABLE server_health (id TEXT PRIMARY KEY, level TEXT NOT NULL)")
             with self.transaction():
                 self._migrate()
 
@@ -150,7 +153,7 @@ class Registry:
             )
         if version < SCHEMA_VERSION:
             # one by one: a script would end the transaction
-            statements = [*_SCHEMA.split(";\n"), *circle.TABLES, *circle.ARRANGEMENTS]
+            statements = [*_SCHEMA.split(";\n"), *circle.TABLES, *circle.ARRANGEMENTS, *circle.TOKENS]
             if version:
                 statements = [each for step in range(version, SCHEMA_VERSION) for each in _STEPS[step + 1]]
             for statement in statements:

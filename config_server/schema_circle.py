@@ -43,6 +43,13 @@ ARRANGEMENTS: Final = (
     " message TEXT NOT NULL, hint TEXT NOT NULL, raised_ns INTEGER NOT NULL, cleared_ns INTEGER) STRICT",
     "CREATE UNIQUE INDEX alerts_lasting ON alerts (machine_id, code) WHERE cleared_ns IS NULL",
 )
+#: Tokens, a step later again.
+TOKENS: Final = (
+    # bearer tokens: the hash of each one's secret, its role, and until when it is good
+    "CREATE TABLE tokens ("
+    " id TEXT PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, digest BLOB NOT NULL, created_by TEXT NOT NULL,"
+    " created_ns INTEGER NOT NULL, expires_ns INTEGER NOT NULL, revoked_ns INTEGER) STRICT",
+)
 #: What was protected before there were lives goes on as it is.
 TAKE_OVER: Final = (
     "INSERT INTO lives (machine_id, state, since_ns)"

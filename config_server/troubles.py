@@ -12,13 +12,15 @@ import uuid
 from dataclasses import dataclass, field
 
 from replicar.control.message import ErrorReport
-from replicar.control.messages import STORAGE, ProcessServerHeartbeat
+from replicar.control.messages import STORAGE, HealthSignal, ProcessServerHeartbeat
 
 
 @dataclass(frozen=True, slots=True)
 class _Reported:
     server: tuple[ErrorReport, ...] = ()
     machines: dict[uuid.UUID, ErrorReport] = field(default_factory=dict)
+    signals: tuple[HealthSignal, ...] = ()
+    pending: dict[uuid.UUID, int] = field(default_factory=dict)
 
 
 class Troubles:
@@ -30,11 +32,20 @@ class Troubles:
     def record(self, server_id: uuid.UUID, heartbeat: ProcessServerHeartbeat) -> None:
         """Take what a process server says in place of what it said before."""
         machines = {trouble.machine_id: trouble.error for trouble in heartbeat.troubles}
-        self._reported[server_id] = _Reported(heartbeat.errors, machines)
+        pending = {machine.machine_id: machine.pending_bytes for machine in heartbeat.machines}
+        self._reported[server_id] = _Reported(heartbeat.errors, machines, heartbeat.signals, pending)
 
     def of_server(self, server_id: uuid.UUID) -> tuple[ErrorReport, ...]:
         """The process server's own errors."""
         return self._reported.get(server_id, _Reported()).server
+
+    def signals_of(self, server_id: uuid.UUID) -> tuple[HealthSignal, ...]:
+        """The process server's health, as it measures it."""
+        return self._reported.get(server_id, _Reported()).signals
+
+    def pending_of(self, server_id: uuid.UUID, machine_id: uuid.UUID) -> int:
+        """Bytes that the process server has of that machine and that are not stored yet."""
+        return self._reported.get(server_id, _Reported()).pending.get(machine_id, 0)
 
     def of_machine(self, server_id: uuid.UUID, machine_id: uuid.UUID) -> tuple[ErrorReport, ...]:
         """What keeps this process server from storing what that machine sends."""

@@ -187,6 +187,7 @@ class Control:
             rpo_p99_seconds=high,
             bytes_captured=log.bytes_captured,
             bytes_sent=metrics.bytes_sent,
+            unstored_bytes=log.used_bytes,
             disks=self._disks(),
             marks=self._marks.reports(),
             gaps=self._gaps.reports(),

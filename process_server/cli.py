@@ -23,6 +23,7 @@ from replicar.control.enrolment import RegistrationKey, enrol, read_passphrase
 from replicar.control.identity import Role
 from replicar.errors import ReplicarError
 from replicar.memory import collect_rarely, keep_memory
+from replicar.signals import Level as Health
 
 app = typer.Typer(
     name="process-server",
@@ -99,7 +100,7 @@ def run(
       port = 9443                  listen_host = "0.0.0.0"      advertise_host = ""  # this host's name
       cache_bytes = 17179869184    buffers_bytes = 268435456    compression_level = 1
       segment_age_seconds = 0.2    uploads_per_machine = 4      heartbeat_seconds = 10
-      log_stripes = 8              log_blob_bytes = 68719476736
+      log_stripes = 8              log_blob_bytes = 4294967296
 
     \b
     At the end of the file, if wanted:
@@ -184,6 +185,11 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"written {written:%Y-%m-%d %H:%M:%S} UTC",
         f"agents reach it at {facts['host']}:{facts['port']}",
         f"cache: {used:,} of {facts['cache_bytes']:,} bytes in use{_fullness(facts['cache_level'])}",
+    ]
+    lines += [
+        f"{signal['level']}: {signal['cause']}; {signal['hint']}"
+        for signal in facts.get("signals", ())
+        if signal["level"] != Health.HEALTHY
     ]
     if facts["upload_limit"] is not None:
         lines.append(f"uploads: limited to {facts['upload_limit']:,} bytes a second at this hour")

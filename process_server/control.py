@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,9 @@ from replicar.control.identity import Identity
 from replicar.control.message import ErrorReport
 from replicar.control.messages import (
     MAX_ERRORS,
+    MAX_SIGNALS,
     MAX_TROUBLED_MACHINES,
+    HealthSignal,
     MachineProgress,
     MachineTrouble,
     ProcessServerAssignment,
@@ -102,6 +105,7 @@ def _heartbeat(health: ServerHealth, wait_seconds: float) -> ProcessServerHeartb
                 stored_segment=machine.stored_segment or None,
                 stored_digest=machine.stored_digest,
                 counted_since=machine.counters.since,
+                pending_bytes=machine.pending_bytes,
                 bytes_received=machine.counters.bytes_received,
                 bytes_stored=machine.counters.bytes_uploaded,
             )
@@ -109,6 +113,7 @@ def _heartbeat(health: ServerHealth, wait_seconds: float) -> ProcessServerHeartb
             if machine.state not in _WITHOUT_PROGRESS
         ),
         errors=tuple(ErrorReport.of(part, error) for part, error in health.errors.items())[:MAX_ERRORS],
+        signals=tuple(HealthSignal.model_validate(asdict(signal)) for signal in health.signals)[:MAX_SIGNALS],
         troubles=tuple(
             MachineTrouble(machine_id=each.machine_id, state=each.state, error=ErrorReport.of("", each.error))
             for each in health.machines

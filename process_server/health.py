@@ -14,6 +14,7 @@ from typing import Any, Final
 from replicar.control.files import PUBLIC_MODE, read_file, write_file
 from replicar.errors import PermanentError, ReplicarError
 from replicar.log.tail import Stored
+from replicar.signals import Level, Signal, worst
 
 STATUS_FILE: Final = "status.json"
 
@@ -68,10 +69,16 @@ class ServerHealth:
     cache_level: str = "well"
     upload_limit: int | None = None
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    signals: tuple[Signal, ...] = ()
+
+    @property
+    def level(self) -> Level:
+        """The worst of the signals."""
+        return worst(signal.level for signal in self.signals)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        data = asdict(self)
+        data = {**asdict(self), "level": str(self.level)}
         for machine in data["machines"]:
             machine["machine_id"] = str(machine["machine_id"])
         return data

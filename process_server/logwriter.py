@@ -52,10 +52,10 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class LogLimits:
-    """How a run lies in blobs: up to `stripes` of `blob_bytes` each."""
+    """How a run lies in blobs: up to `stripes` of `blob_bytes` each. Retention frees nothing of a run under way."""
 
     stripes: int = 8
-    blob_bytes: int = 64 << 30
+    blob_bytes: int = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)

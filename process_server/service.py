@@ -33,6 +33,7 @@ from process_server.sealer import Sealer
 from process_server.settings import Settings
 from process_server.slots import Slots
 from process_server.storage import Container
+from process_server.vitals import Host, Vitals, read_host
 from replicar.clock import Clock
 from replicar.control.client import ControlClient
 from replicar.control.files import PUBLIC_MODE, make_directory, write_file
@@ -59,9 +60,17 @@ class ProcessServer:
 
     Args:
         store: instead of the one the settings name.
+        host: reads what the kernel counts of this host.
     """
 
-    def __init__(self, settings: Settings, clock: Clock, *, store: PageBlobStore | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        *,
+        store: PageBlobStore | None = None,
+        host: Callable[[], Host] = read_host,
+    ) -> None:
         self.settings = settings
         self.roster: Roster | None = None
         self._clock = clock
@@ -69,6 +78,7 @@ class ProcessServer:
         self._errors: dict[str, Callable[[], ReplicarError | None]] = {}
         self._told: dict[str, str] = {}
         self._status_error: ReplicarError | None = None
+        self._vitals = Vitals(host)
 
     async def run(self, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
         """Serve until `stop` is set.
@@ -184,12 +194,16 @@ class ProcessServer:
             upload_limit=workshop.sealer.gate.rate,
             machines=tuple(machine.health() for machine in self.roster.machines()),
             errors={part: data for part, data in errors.items() if data is not None},
+            signals=self._vitals.signals(workshop.slots.free_bytes, workshop.slots.total_bytes),
         )
 
     async def _report(self, workshop: Workshop, port: int) -> None:
         """Write the status file, and say on the log when an error comes or goes."""
         while True:
             health = self._health(workshop, port)
+            pending = sum(machine.pending_bytes for machine in health.machines)
+            stored = sum(machine.counters.bytes_stored for machine in health.machines)
+            self._vitals.sample(self._clock.monotonic(), pending, stored)
             try:
                 await asyncio.to_thread(health.save, self.settings.directory)
                 self._status_error = None

@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     segment_age_seconds: Annotated[float, Field(gt=0, le=60)] = 0.2
     uploads_per_machine: Annotated[int, Field(ge=1, le=32)] = 4
     log_stripes: Annotated[int, Field(ge=1, le=MAX_STRIPES)] = 8
-    log_blob_bytes: Annotated[int, Field(ge=MIN_BLOB_BYTES, le=MAX_BLOB_BYTES, multiple_of=512)] = 64 << 30
+    log_blob_bytes: Annotated[int, Field(ge=MIN_BLOB_BYTES, le=MAX_BLOB_BYTES, multiple_of=512)] = 4 << 30
     heartbeat_seconds: Annotated[float, Field(gt=0, le=30, description="how often it reports")] = 10.0
     bandwidth: BandwidthSettings = BandwidthSettings()
     weights: Annotated[dict[str, Weight], Field(max_length=MAX_WEIGHTS, description="shares, by machine")] = {}

@@ -26,7 +26,7 @@ from replicar.log.index import LogIndex, floor_missing, open_index
 from replicar.log.reader import LogReader, Segment, Start, Tail, replaced
 from replicar.log.tail import Stored, sound_tail
 
-__all__ = ["AtSequence", "Instant", "Latest", "Named", "Reached", "Request", "base_of", "locate", "survey"]
+__all__ = ["AtSequence", "Instant", "Latest", "Named", "Reached", "Request", "base_of", "index_at", "locate", "survey"]
 
 #: Called with the number of segments and the sequence that were reached.
 Reached = Callable[[int, int], None]
@@ -70,7 +70,13 @@ async def locate(
     """
     known = await open_index(log.store, log.machine_id, log.keys)
     asked = _Asked(log, known, source or ChunkSource(log), Pages(log), stored_number, stored_digest, quiet, reached)
-    return await _find(asked, request)
+    return (await _find(asked, request)).state()
+
+
+async def index_at(log: MachineLog, known: LogIndex, sequence: int, pages: Pages | None = None) -> Index:
+    """The index at a sequence. Raises as `locate`."""
+    asked = _Asked(log, known, ChunkSource(log), pages or Pages(log), 0, None, None, None)
+    return await _find(asked, AtSequence(sequence))
 
 
 async def survey(log: MachineLog, source: ChunkSource | None = None) -> History:
@@ -120,7 +126,7 @@ async def base_of(known: LogIndex, request: Request, *, until: int | None = None
     return None
 
 
-async def _find(asked: _Asked, request: Request) -> State:
+async def _find(asked: _Asked, request: Request) -> Index:
     # The segment that was reported as stored is to be met on the way, and compared with what was reported.
     until = asked.stored_number if asked.stored_digest is not None and asked.stored_number else None
     base = await base_of(asked.known, request, until=until)
@@ -139,11 +145,11 @@ async def _find(asked: _Asked, request: Request) -> State:
         if before_floor or (isinstance(request, AtSequence) and request.is_at(base.name)):
             if index.history.open_gap is not None:
                 raise request.refusal(await survey(asked.log, asked.source))
-            return index.state()
+            return index
     return await _walk(asked, request, index, base.start if base is not None else None)
 
 
-async def _walk(asked: _Asked, request: Request, index: Index, start: Start | None) -> State:
+async def _walk(asked: _Asked, request: Request, index: Index, start: Start | None) -> Index:
     log, history = asked.log, index.history
     reader, sound = LogReader(log.store, log.machine_id, log.keys), _Sound(asked)
     end = reader.tail
@@ -165,7 +171,7 @@ async def _walk(asked: _Asked, request: Request, index: Index, start: Start | No
         if cut is not None:
             if not offered:
                 raise request.refusal(await survey(log, asked.source))
-            return index.state()
+            return index
         end = reader.tail
     else:
         end = reader.tail
@@ -175,7 +181,7 @@ async def _walk(asked: _Asked, request: Request, index: Index, start: Start | No
         history.quiet_until_ns = asked.quiet[1]
     gap = history.open_gap
     if request.is_end(history) and gap is None:
-        return index.state()
+        return index
     if isinstance(request, Latest) and gap is not None and gap.before is not None:
         return await _find(asked, AtSequence(gap.before.sequence))
     raise _with_end(request.refusal(history), end)

@@ -3,7 +3,7 @@
 Every stripe is read once, from its beginning, in windows of WINDOW_BYTES. Where no segment begins, the next one is
 looked for within SEARCH_BYTES (one segment can't be longer); zeros with nothing behind them are the stripe's end.
 The stripes of a run are merged by number, the runs follow each other as for any reader: an older one counts up to where
-a newer one begins.
+a newer one begins. A log whose beginning was folded away is walked from its floor on.
 
 What is missing behind the last segment that was reported as stored is no problem but the end: somebody may be writing
 there right now, several segments at a time.
@@ -20,6 +20,7 @@ from replicar.errors import CorruptionError
 from replicar.formats import cipher, logblob, segment
 from replicar.formats.logblob import BlobName
 from replicar.formats.segment import SegmentHeader
+from replicar.log.reader import Start
 from replicar.storage.store import PageBlobStore
 
 WINDOW_BYTES: Final = segment.MAX_SEGMENT_BYTES
@@ -70,14 +71,22 @@ class LogScan:
     After `walk` is exhausted, `blobs` counts the log blobs there were and `note` says how the log ends.
     """
 
-    def __init__(self, store: PageBlobStore, machine_id: uuid.UUID, *, stored_number: int = 0) -> None:
+    def __init__(
+        self,
+        store: PageBlobStore,
+        machine_id: uuid.UUID,
+        *,
+        stored_number: int = 0,
+        start: Start = Start(),  # noqa: B008 - a value that nobody can change
+    ) -> None:
         self.blobs = 0
         self.note = ""
         self._store = store
         self._machine_id = machine_id
         self._stored_number = stored_number
-        self._next = 1
-        self._digest: bytes | None = segment.FIRST_DIGEST  # of the segment before the next; None: it is not there
+        self._start = start
+        self._next = start.tail.number + 1
+        self._digest: bytes | None = start.tail.digest  # of the segment before the next; None: it is not there
 
     async def walk(self) -> AsyncIterator[Found | Problem]:
         """Segments in order, with the problems between them."""
@@ -102,7 +111,10 @@ class LogScan:
             name = logblob.read_name(info.name)
             if name is not None:
                 self.blobs += 1
-                by_run.setdefault((name.epoch, name.run), []).append(_Stripe(self._store, name, info.size_bytes))
+                if (name.epoch, name.run) >= self._start.run:
+                    offset = self._start.offsets.get(info.name, logblob.HEADER_BYTES)
+                    stripe = _Stripe(self._store, name, info.size_bytes, offset)
+                    by_run.setdefault((name.epoch, name.run), []).append(stripe)
         return dict(sorted(by_run.items()))
 
     async def _walk_run(self, run: _Run, until: int | None) -> AsyncIterator[Found | Problem]:
@@ -212,10 +224,10 @@ class _Run:
 class _Stripe:
     """A place in a log blob, what lies there, and the window of the blob that was read last."""
 
-    def __init__(self, store: PageBlobStore, name: BlobName, size_bytes: int) -> None:
+    def __init__(self, store: PageBlobStore, name: BlobName, size_bytes: int, offset: int) -> None:
         self.name = name
         self._store, self._size = store, size_bytes
-        self._offset = logblob.HEADER_BYTES
+        self._offset = offset
         self._head: Found | _Damage | None = None
         self._ended = False
         self._window, self._window_offset = b"", 0

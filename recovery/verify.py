@@ -8,6 +8,9 @@ Audits say what a source disk held at some sequence. Each is compared with what 
 was not known or something before it is damaged (`audits_skipped`). One that fails is a problem of the source or of the
 agent, not of the log: the others are compared all the same.
 
+Of a log that was folded, what the floor and the kept checkpoints need is checked chunk by chunk (`recovery.keeping`),
+and everything from the floor on as above.
+
 Memory is bounded by AHEAD segments and the index of the extents that still count.
 """
 
@@ -25,6 +28,7 @@ import xxhash
 from recovery.chunks import ChunkCache, ChunkSource, MachineLog
 from recovery.extents import ExtentMap, merge
 from recovery.index import Index, painted
+from recovery.keeping import check_kept, floor_of
 from recovery.records import Record, bytes_from, chunks_of, parse_records
 from recovery.scan import Found, LogScan, Problem
 from recovery.view import fill, first_error
@@ -32,7 +36,8 @@ from replicar.errors import CorruptionError, PermanentError
 from replicar.formats import segment
 from replicar.formats.frame import AUDIT_DIGEST_BYTES, Flag, Kind, begins_anew
 from replicar.formats.record import Disk, Gap
-from replicar.log.reader import Segment
+from replicar.log.index import open_index
+from replicar.log.reader import Segment, Start
 
 #: Segments that are opened while earlier ones are still being looked at; each takes up to 12 MiB meanwhile.
 AHEAD: Final = 4
@@ -64,6 +69,8 @@ class Report:
     audits: int = 0
     audits_failed: int = 0
     audits_skipped: int = 0
+    kept_points: int = 0  # of a log that was folded; their chunks are counted once each
+    kept_chunks: int = 0
     note: str = ""
     problem_count: int = 0
     problems: list[Problem] = field(default_factory=list)
@@ -137,7 +144,10 @@ class _Checker:
         self._cache = ChunkCache(ChunkSource(log))
 
     async def run(self) -> None:
-        scan = LogScan(self._log.store, self._log.machine_id, stored_number=self.report.stored_number)
+        start = await self._begin()
+        scan = LogScan(
+            self._log.store, self._log.machine_id, stored_number=self.report.stored_number, start=start or Start()
+        )
         queue: asyncio.Queue[asyncio.Task[_Opened] | Problem | None] = asyncio.Queue(AHEAD)
 
         async def produce() -> None:
@@ -158,6 +168,21 @@ class _Checker:
         if not scan.blobs:
             raise nothing_there(self._log)
         self.report.note = scan.note
+
+    async def _begin(self) -> Start | None:
+        """Check what is kept of a log that was folded; where it goes on."""
+        known = await open_index(self._log.store, self._log.machine_id, self._log.keys)
+        if known.fold.floor is None:
+            return None
+        floor = await floor_of(self._log, known)
+        report, tail = self.report, floor.start.tail
+        report.first_sequence, report.last_sequence, report.last_number = tail.sequence, tail.sequence, tail.number
+        report.kept_points, report.kept_chunks, problems = await check_kept(self._log, known)
+        for problem in problems:
+            self._damaged(problem)
+        if self._index is not None:
+            self._index = floor.index
+        return floor.start
 
     def _open(self, found: Found) -> _Opened:
         """For a thread: everything about a segment that needs no other."""

@@ -188,6 +188,6 @@ def shown(job: Job, online: frozenset[JobKind], now_ns: int) -> Job:
         part="config server",
         error="TransientError",
         message=f"no recovery worker is online that carries out {job.kind} jobs",
-        hint="start one where the storage account can be reached (docs/jobs.md); the job then goes on by itself",
+        hint="start one where the storage account can be reached: `recovery-worker run`; the job goes on then",
     )
     return job.model_copy(update={"error": job.error or error})

@@ -22,6 +22,7 @@ from replicar.cli.settings import OperatorSettings
 from replicar.control.keys import data_keys
 from replicar.control.vault_key import VaultKey
 from replicar.errors import CorruptionError, PermanentError
+from replicar.log.index import list_index, read_index_header
 from replicar.log.reader import LogReader
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import open_store
@@ -84,7 +85,7 @@ async def open_machine(
 
 
 async def _unwrapped(store: PageBlobStore, machine_id: uuid.UUID, vault_key: VaultKey, path: Path) -> dict[int, bytes]:
-    """The data keys in the headers of the log's runs. Of one key there may be several wrapped forms; any will do."""
+    """The data keys in the headers of runs and index. Of one key there may be several wrapped forms; any will do."""
     keys: dict[int, bytes] = {}
     unopened: set[int] = set()
     for run in await LogReader(store, machine_id, {}).runs():
@@ -93,6 +94,14 @@ async def _unwrapped(store: PageBlobStore, machine_id: uuid.UUID, vault_key: Vau
             keys[header.key_id] = vault_key.unwrap(header.wrapped_key)
         except CorruptionError:
             unopened.add(header.key_id)
+    index = await list_index(store, machine_id)
+    for name in index.sizes if index.folds else ():  # of a log that was folded, a key may be left there alone
+        entry = await read_index_header(store, name)
+        if entry is not None and entry.key_id not in keys:
+            try:
+                keys[entry.key_id] = vault_key.unwrap(entry.wrapped_key)
+            except CorruptionError:
+                unopened.add(entry.key_id)
     if unopened - keys.keys():
         raise PermanentError(
             f"the vault's key in {path} does not open the data key of machine {machine_id}",

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from replicar.cli import (
+    access_tokens,
     arrangements,
     circle,
     export,
@@ -17,7 +18,9 @@ from replicar.cli import (
     mount,
     protection,
     recover,
+    replica,
     rescue,
+    storage,
     vault,
     verify,
 )
@@ -58,6 +61,8 @@ for command in (
     mount.mount,
     mount.unmount,
     verify.verify,
+    storage.storage,
+    storage.fold,
     rescue.rescue,
     keys.rotate_key,
     keys.rewrap,
@@ -66,7 +71,8 @@ for command in (
 for step in circle.COMMANDS:
     app.command()(step)
 app.command()(arrangements.alerts)
-for group in (jobs.app, arrangements.policy_app, arrangements.target_app):
+app.command()(access_tokens.audit)
+for group in (access_tokens.app, jobs.app, replica.app, arrangements.policy_app, arrangements.target_app):
     app.add_typer(group)
 
 

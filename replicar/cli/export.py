@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from recovery.export.disk import ServedDisk, base_of
 from recovery.export.overlay import Overlay
 from recovery.export.server import Address, ExportServer
 from recovery.moments import format_moment
+from recovery.pins import holding
 from recovery.points import Request
 from recovery.view import View
 from replicar.cli.access import Access, MachineId, VaultKeyFile, open_machine
@@ -105,7 +107,8 @@ def export(
             disks = chosen_disks(view, disk or [], every)
             kept = disk_names(disks, overlay) if overlay is not None else None
             served = served_disks(view, disks, kept=kept, scratch=None if read_only else scratch or SCRATCH)
-            async with ExportServer(served, address, tls=tls) as server, until_told() as told:
+            held = holding(access.log, view.state, clock=SystemClock(), random=os.urandom)
+            async with held, ExportServer(served, address, tls=tls) as server, until_told() as told:
                 _tell(telling, view, server)
                 await told.wait()
 

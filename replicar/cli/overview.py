@@ -16,7 +16,15 @@ from rich.table import Table
 from recovery.moments import format_moment
 from replicar.cli.console import duration, row, size, table
 from replicar.control.message import ErrorReport
-from replicar.control.messages import LifeState, MachineState, MachineSummary, PointList, VaultStatus
+from replicar.control.messages import (
+    LifeState,
+    MachineState,
+    MachineSummary,
+    PointList,
+    ProcessServerSummary,
+    VaultStatus,
+)
+from replicar.signals import Level
 
 NOT_STORING: Final = "not storing"
 _SHORT: Final = {
@@ -41,7 +49,7 @@ def show_status(console: Console, found: VaultStatus) -> None:
     console.print(f"Vault {escape(found.vault)} (config server {escape(found.software)})\n")
     servers = table("~process server", "state", "~address", ">machines", ">cache free", ">of")
     for server in found.process_servers:
-        state = "online" if server.online else "offline"
+        state = ("online" if server.health == Level.HEALTHY else str(server.health)) if server.online else "offline"
         row(servers, server.name, state, f"{server.host}:{server.port}", server.machines,
             size(server.cache_bytes_free), size(server.cache_bytes))  # fmt: skip
     if found.process_servers:
@@ -56,6 +64,7 @@ def show_status(console: Console, found: VaultStatus) -> None:
     told: set[str] = set()
     for server in found.process_servers:
         _show_errors(console, f"process server {server.name}", server.errors, told)
+        _show_signals(console, server)
     _show_machine_errors(console, found.machines, told)
 
 
@@ -81,6 +90,8 @@ def show_machine(console: Console, found: MachineSummary) -> None:
     row(made, "sent", size(found.bytes_sent))
     row(made, "received", f"up to sequence {found.received_sequence}, {size(found.bytes_received)}")
     row(made, "stored", f"up to sequence {found.stored_sequence}, {size(found.bytes_stored)} compressed")
+    row(made, "in transit", f"{size(max(found.source_bytes - found.pending_bytes, 0))} at the source, "
+        f"{size(found.pending_bytes)} at the process server")  # fmt: skip
     row(made, "RPO", f"{duration(found.rpo_seconds)} now, p50 {duration(found.rpo_p50_seconds)}, "
         f"p99 {duration(found.rpo_p99_seconds)}")  # fmt: skip
     if found.journal_full_seconds is not None:
@@ -158,6 +169,17 @@ def _show_machine_errors(console: Console, found: Iterable[MachineSummary], told
         if machine.errors and all(error.message in told for error in machine.errors):
             console.print(f"\n[bold red]{escape(what)}[/]: as said above", soft_wrap=True)
         _show_errors(console, what, machine.errors, told)
+
+
+def _show_signals(console: Console, server: ProcessServerSummary) -> None:
+    """What is not well with a process server, with its next step."""
+    for signal in server.signals:
+        if signal.level == Level.HEALTHY:
+            continue
+        colour = "bold red" if signal.level == Level.CRITICAL else "bold yellow"
+        what = f"process server {server.name} is in {signal.level} health"
+        console.print(f"\n[{colour}]{escape(what)}[/]: {escape(signal.cause)}", soft_wrap=True)
+        console.print(f"next step: {escape(signal.hint)}", soft_wrap=True)
 
 
 def _show_errors(console: Console, what: str, errors: Iterable[ErrorReport], told: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -17,6 +18,7 @@ from recovery.chunks import ChunkSource
 from recovery.device import write_device
 from recovery.moments import format_moment
 from recovery.output import Written, write_qcow2_file, write_raw_file, write_vhd_blob, write_vhd_file
+from recovery.pins import holding
 from recovery.points import Request
 from recovery.view import Progress, View
 from replicar.cli.access import Access, MachineId, VaultKeyFile, open_machine
@@ -34,6 +36,7 @@ from replicar.cli.choice import (
 )
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, duration, row, run, size, table
 from replicar.cli.settings import load_settings
+from replicar.clock import SystemClock
 from replicar.errors import PermanentError
 from replicar.formats.record import Disk
 from replicar.storage.store import PageBlobStore
@@ -155,6 +158,7 @@ async def recovered(
     disks = chosen_disks(view, list(chosen.names), chosen.every)
     names = disk_names(disks, target)
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(holding(access.log, view.state, clock=SystemClock(), random=os.urandom))
         store = await stack.enter_async_context(open_store(container)) if kind == "blob" else None
         if store is not None and make_container:
             await store.ensure_container()

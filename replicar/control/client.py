@@ -12,6 +12,7 @@ import uuid
 from typing import TypeVar
 
 from replicar.clock import Clock, SystemClock
+from replicar.control.access_calls import AccessCalls
 from replicar.control.admission import RenewReply, RenewRequest, VaultInfo
 from replicar.control.caller import machine_path
 from replicar.control.identity import Identity, Role
@@ -44,7 +45,7 @@ from replicar.tls import client_context, reload_certificate, server_name
 _Reply = TypeVar("_Reply", bound=Message)
 
 
-class ControlClient(JobCalls, WorkerCalls, PolicyCalls):
+class ControlClient(JobCalls, WorkerCalls, PolicyCalls, AccessCalls):
     """Typed access to the config server; use it as an asynchronous context manager.
 
     Every method raises what `Transport.request` raises: `TransientError` naming host and port when the server can't be

@@ -73,7 +73,7 @@ _NAME = re.compile(
 class BlobKind(IntEnum):
     TIER = 1  # first, last: numbers of the segments it covers
     CHECKPOINT = 2  # first: its sequence; last: the latest time in the log so far
-    FOLD = 3  # first: its generation, from 1; last: the sequence of the checkpoint the log goes on from
+    FOLD = 3  # first: its generation, from 1; last: 0, and no token: of two who make the same one, one can
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -127,7 +127,7 @@ async def open_index(store: PageBlobStore, machine_id: uuid.UUID, keys: Mapping[
         CorruptionError: there are folds, and none of them can be read.
         PermanentError: a key is not at hand.
     """
-    listing = await _list(store, machine_id)
+    listing = await list_index(store, machine_id)
     damage: CorruptionError | None = None
     for name in reversed(listing.folds):
         try:
@@ -249,7 +249,18 @@ def floor_missing(machine_id: uuid.UUID, fold: Fold) -> CorruptionError:
     )
 
 
-async def _list(store: PageBlobStore, machine_id: uuid.UUID) -> Listing:
+async def read_index_header(store: PageBlobStore, name: IndexName) -> IndexHeader | None:
+    """A blob's header; None where it was never finished, or is not there (any more). Raises as `read_root`."""
+    try:
+        return indexblob.read_header(await store.read(str(name), 0, indexblob.HEADER_BYTES), name)
+    except PermanentError as error:
+        if is_missing(error):
+            return None
+        raise
+
+
+async def list_index(store: PageBlobStore, machine_id: uuid.UUID) -> Listing:
+    """All index blobs of a machine by their names."""
     sizes: dict[IndexName, int] = {}
     for info in await store.list(indexblob.index_prefix(machine_id)):
         name = indexblob.read_name(info.name)

@@ -26,6 +26,7 @@ from mobility_agent.settings import AgentSettings, DiskSettings
 from process_server.cache import SLOT_BYTES
 from process_server.service import ProcessServer
 from process_server.settings import Settings as ServerSettings
+from process_server.vitals import Host
 from replicar.clock import Clock
 from replicar.storage.limits import LimitedStore
 from replicar.storage.retry import RetryingStore, RetryPolicy
@@ -91,7 +92,7 @@ async def run_server(
     limited = LimitedStore(BlobClient(blobs), clock=clock)
     store = RetryingStore(limited, clock=clock, random=_draw(seed), policy=RETRIES)
     settings = _server_settings(process.machine.directory, process.machine.name, plan)
-    await ProcessServer(settings, clock, store=store).run(stop, lambda port: None)
+    await ProcessServer(settings, clock, store=store, host=Host).run(stop, lambda port: None)
 
 
 async def run_config(

@@ -70,12 +70,11 @@ class Stored:
     points: dict[str, int]
 
 
-def operator_settings(cast: Cast, directory: Path, storage: str = "") -> Operator:
+def operator_settings(cast: Cast, directory: Path, storage: str = "", identity: Path | None = None) -> Operator:
     """An operator whose settings file is in `directory`."""
+    identity = identity or cast.house.directory / "operator"
     settings = directory / "replicar.toml"
-    settings.write_text(
-        f'identity = "{cast.house.directory}/operator"\nconfig_server = "{cast.house.address}"\n{storage}'
-    )
+    settings.write_text(f'identity = "{identity}"\nconfig_server = "{cast.house.address}"\n{storage}')
     return Operator(settings, {"XDG_CONFIG_HOME": str(directory / "config"), "COLUMNS": "200"})
 
 

@@ -122,3 +122,43 @@ async def test_a_silent_servers_machine_stays_where_it_is_while(cast: Cast, seco
         looker = takeover(cast)
     assert not await looker.look()
     assert (await cast.operator.machine("db1")).process_server == "ps1"
+
+
+CRITICAL = {"name": "cache free", "level": "critical", "value": 3.0, "unit": "percent", "cause": "full", "hint": "mend"}
+
+
+async def test_a_server_in_critical_health_takes_no_machine_and_status_says_why(
+    cast: Cast, second: ControlClient
+) -> None:
+    await second.process_server_heartbeat(cast.house.server_heartbeat(port=9444, signals=(CRITICAL,)))
+    with pytest.raises(PermanentError, match="ps2 is in critical health"):
+        await cast.operator.move("db1", "ps2")
+    with pytest.raises(PermanentError, match="no other process server is alive"):
+        await cast.operator.move("db1")
+    servers = {each.name: each for each in (await cast.operator.status()).process_servers}
+    assert (servers["ps2"].health, servers["ps1"].health) == ("critical", "healthy")
+    assert [signal.cause for signal in servers["ps2"].signals] == ["full"]
+    await served(cast, second)
+    assert (await cast.operator.move("db1", "ps2")).process_server == "ps2"
+
+
+async def test_a_server_with_a_warning_is_the_last_to_be_chosen(cast: Cast, second: ControlClient) -> None:
+    warning = {**CRITICAL, "level": "warning"}
+    await second.process_server_heartbeat(cast.house.server_heartbeat(port=9444, signals=(warning,)))
+    await cast.house.enrol(cast.house.directory.parent / "db2", "db2")
+    assert (await cast.operator.protect("db2")).process_server == "ps1", "though ps2 has fewer machines"
+
+
+async def test_a_silent_server_is_critical_after_fifteen_minutes_and_what_is_in_transit_is_told(
+    cast: Cast, second: ControlClient
+) -> None:
+    await cast.machine.agent_heartbeat(cast.house.machine_heartbeat(unstored_bytes=5000))
+    await cast.report_stored(1, pending_bytes=2000)
+    machine = await cast.operator.machine("db1")
+    assert (machine.source_bytes, machine.pending_bytes) == (5000, 2000)
+    health = []
+    for seconds in (LIVE_SECONDS + 5, AFTER_SECONDS):
+        cast.house.clock.move(seconds=seconds)
+        (server, _) = (await cast.operator.status()).process_servers
+        health.append((server.health, server.signals[0].code))
+    assert health == [("warning", "806"), ("critical", "806")]

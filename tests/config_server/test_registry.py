@@ -19,7 +19,7 @@ from replicar.control.messages import GapReport, LifeState, MarkReport
 from replicar.errors import CorruptionError, LimitError, PermanentError, TransientError
 
 #: The tables that came with jobs and policies.
-CIRCLE = ("jobs", "drills", "lives", "recovery_workers", "policies", "arrangements", "alerts")
+CIRCLE = ("jobs", "drills", "lives", "recovery_workers", "policies", "arrangements", "alerts", "tokens")
 
 
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:

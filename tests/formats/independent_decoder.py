@@ -13,6 +13,7 @@ import struct
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import xxhash
 import zstandard
@@ -35,12 +36,35 @@ class Machine:
     audits: int = 0
 
 
+@dataclass
+class Start:
+    """Where a walk begins: the next segment's number, the digest before it, and from which places of which run on."""
+
+    number: int = 1
+    previous: bytes = bytes(32)
+    run: tuple[int, int] = (0, 0)
+    offsets: dict[str, int] = field(default_factory=dict)
+
+
 def decode(
     blobs: Mapping[str, bytes], machine: uuid.UUID, keys: Mapping[int, bytes], until: int | None = None
 ) -> Machine:
     """The machine right after sequence `until`, or at the end of its log."""
-    result = Machine()
-    for _, _, header, segment in _segments(blobs, machine, keys):
+    result, start = Machine(), Start()
+    fold = _fold(blobs, machine, keys)
+    if fold is not None:
+        floor = _root(blobs, fold["floor"], machine, keys)[0]
+        kept = {
+            _root(blobs, item["checkpoint"], machine, keys)[0]["last"][0]: item["checkpoint"] for item in fold["kept"]
+        }
+        if until is not None and until < floor["last"][0]:
+            _check(until in kept, f"sequence {until} was given up")
+            return _checkpoint(blobs, kept[until], machine, keys)
+        result = _checkpoint(blobs, fold["floor"], machine, keys)
+        tail = floor["tail"]
+        previous = bytes.fromhex(tail["digest"])
+        start = Start(tail["number"] + 1, previous, (tail["epoch"], tail["run"]), tail["offsets"])
+    for _, _, header, segment in _segments(blobs, machine, keys, start):
         for sequence, descriptor, payload in _descriptors(header, segment):
             if until is not None and sequence > until:
                 return result
@@ -49,13 +73,13 @@ def decode(
 
 
 def _segments(
-    blobs: Mapping[str, bytes], machine: uuid.UUID, keys: Mapping[int, bytes]
+    blobs: Mapping[str, bytes], machine: uuid.UUID, keys: Mapping[int, bytes], start: Start
 ) -> Iterator[tuple[int, str, tuple[int, ...], bytes]]:
     """Steps 1 to 5: number, blob, (first, last sequence), run of frames."""
     runs: dict[tuple[int, int], dict[int, str]] = {}
     for name in blobs:
         match = _NAME.fullmatch(name)
-        if match and uuid.UUID(match[1]) == machine:
+        if match and uuid.UUID(match[1]) == machine and (int(match[2], 16), int(match[3], 16)) >= start.run:
             runs.setdefault((int(match[2], 16), int(match[3], 16)), {})[int(match[4], 16)] = name
     firsts = []
     for (epoch, run), stripes in sorted(runs.items()):
@@ -66,11 +90,11 @@ def _segments(
         _check(struct.unpack_from("<Q", head, 152)[0] == xxhash.xxh3_64_intdigest(head[:152]), "blob checksum")
         _check(head[16:32] == machine.bytes and struct.unpack_from("<III", head, 32) == (epoch, run, 0), "blob's place")
         firsts.append((struct.unpack_from("<Q", head, 48)[0], epoch, run, stripes))
-    following, previous = 1, bytes(32)
+    following, previous = start.number, start.previous
     for index, (_, epoch, run, stripes) in enumerate(firsts):
         end = min((first for first, *_ in firsts[index + 1 :]), default=None)
         while end is None or following < end:
-            found = _find(blobs, stripes, following)
+            found = _find(blobs, stripes, following, start.offsets)
             if found is None:
                 _check(end is None, f"segment {following} is missing")
                 return
@@ -83,9 +107,11 @@ def _segments(
             following += 1
 
 
-def _find(blobs: Mapping[str, bytes], stripes: Mapping[int, str], number: int) -> tuple[str, bytes] | None:
+def _find(
+    blobs: Mapping[str, bytes], stripes: Mapping[int, str], number: int, offsets: Mapping[str, int]
+) -> tuple[str, bytes] | None:
     for name in stripes.values():
-        blob, at = blobs[name], 512
+        blob, at = blobs[name], offsets.get(name, 512)
         while any(head := blob[at : at + 192]):
             _check(head[:8] == b"RPSEGMT\x01" and struct.unpack_from("<HHI", head, 8) == (1, 0, 192), "segment header")
             _check(struct.unpack_from("<Q", head, 184)[0] == xxhash.xxh3_64_intdigest(head[:184]), "segment checksum")
@@ -121,6 +147,134 @@ def _open(data: bytes, keys: Mapping[int, bytes]) -> tuple[bytes, bytes]:
         at += size
     _check(at == start and len(run) == raw_bytes, "run length")
     return run, hashlib.sha256(head + sealed[-16:]).digest()
+
+
+def _fold(blobs: Mapping[str, bytes], machine: uuid.UUID, keys: Mapping[int, bytes]) -> Any:
+    """The fold in force, if there is any."""
+    for name in sorted(
+        (n for n in blobs if n.startswith(f"machines/{machine}/index/") and n.endswith(".fold")), reverse=True
+    ):
+        if any(blobs[name][:512]):
+            return _root(blobs, name, machine, keys)[0]
+    return None
+
+
+def _root(
+    blobs: Mapping[str, bytes], name: str, machine: uuid.UUID, keys: Mapping[int, bytes]
+) -> tuple[Any, list[bytes]]:
+    """An index blob's object, and its sections opened."""
+    blob = blobs[name]
+    head = blob[:512]
+    match = re.fullmatch(r"machines/[0-9a-f-]{36}/index/([0-9a-f]{16})-([0-9a-f]{16})-[0-9a-f]{8}\.(\w+)", name)
+    _check(match is not None and head[:8] == b"RPINDEX\x01" and struct.unpack_from("<II", head, 8) == (1, 512), "index")
+    assert match is not None
+    _check(struct.unpack_from("<Q", head, 160)[0] == xxhash.xxh3_64_intdigest(head[:160]), "index checksum")
+    kind, sections, first, last, at, size = struct.unpack_from("<IIQQQI", head, 32)
+    kinds = {"tier": 1, "checkpoint": 2, "fold": 3}
+    said = (int(match[1], 16), int(match[2], 16), kinds[match[3]], machine.bytes)
+    _check(said == (first, last, kind, head[16:32]), "index name")
+    position = head[:8] + head[16:36] + bytes(4) + head[40:56]
+    (key_id,) = struct.unpack_from("<Q", head, 72)
+    info = b"replicar index v1" + position
+    key = AESGCM(HKDF(hashes.SHA256(), 32, head[80:112], info).derive(keys[key_id]))
+    root = _unpack(key.decrypt(bytes(12), blob[at : at + size], head), 32 << 20)
+    (length,) = struct.unpack_from("<I", root)
+    opened = []
+    for i in range(sections):
+        place, sealed, raw, codec, _ = struct.unpack_from("<QIIII", root, 4 + length + 24 * i)
+        bound = position + struct.pack("<III", i, raw, codec)
+        data = key.decrypt((i + 1).to_bytes(12, "little"), blob[place : place + sealed], bound)
+        opened.append(_unpack(data, raw) if codec == 1 else data)
+        _check(len(opened[-1]) == raw, "section length")
+    return json.loads(root[4 : 4 + length]), opened
+
+
+def _checkpoint(blobs: Mapping[str, bytes], name: str, machine: uuid.UUID, keys: Mapping[int, bytes]) -> Machine:
+    """The disks of a checkpoint."""
+    said, _ = _root(blobs, name, machine, keys)
+    result = Machine(sequence=said["last"][0])
+    result.points = {mark["name"]: mark["place"][0] for mark in said["points"]}
+    result.in_gap = any(gap["after"] is None for gap in said["gaps"])
+    tiers = []
+    for item in said["tiers"]:
+        _check(blobs[item["blob"]][:168].hex() == item["header"], "tier header")
+        tiers.append(_root(blobs, item["blob"], machine, keys))
+    for disk in said["disks"]:
+        content = bytearray(disk["size_bytes"])
+        for tier, sections in tiers:
+            for part in tier["maps"]:
+                if (part["disk"], part["what"]) == (disk["index"], "extents"):
+                    if part["opaque"]:
+                        content = bytearray(disk["size_bytes"])
+                    _lay(content, part["pages"], tier, sections, blobs, keys)
+        result.disks[disk["index"]], result.names[disk["index"]] = content, disk["name"]
+    return result
+
+
+def _lay(
+    content: bytearray,
+    pages: list[list[int]],
+    tier: Any,
+    sections: list[bytes],
+    blobs: Mapping[str, bytes],
+    keys: Mapping[int, bytes],
+) -> None:
+    """A tier's extents of one disk, over what is there."""
+    entries = {}
+    for section, _, _ in tier["directory"]:
+        for at in range(0, len(sections[section]), 240):
+            blob, _, offset = struct.unpack_from("<IIQ", sections[section], at)
+            digest, head = sections[section][at + 16 : at + 48], sections[section][at + 48 : at + 240]
+            entries[struct.unpack_from("<Q", head, 40)[0]] = (tier["blobs"][blob], offset, head, digest)
+    for page in pages:
+        for start, length, number, place in _columns(sections[page[0]]):
+            end = min(start + length, len(content))
+            if start >= end:
+                continue
+            data = bytes(end - start)
+            if number != -1:
+                name, offset, head, digest = entries[number]
+                (total,) = struct.unpack_from("<I", head, 100)
+                data = _part(blobs[name][offset : offset + total], head, digest, keys, place, end - start)
+            content[start:end] = data
+
+
+def _part(segment: bytes, head: bytes, digest: bytes, keys: Mapping[int, bytes], place: int, length: int) -> bytes:
+    """Some bytes of a segment's run of frames, of which other chunks may be gone."""
+    _check(segment[:192] == head, "segment in the directory")
+    raw_bytes, chunk_bytes, _, data_bytes, table_bytes, _ = struct.unpack_from("<6I", head, 80)
+    position = head[:8] + head[16:64]
+    info = b"replicar segment v1" + position
+    (key_id,) = struct.unpack_from("<Q", head, 104)
+    key = AESGCM(HKDF(hashes.SHA256(), 32, head[112:144], info).derive(keys[key_id]))
+    sealed = segment[192 + data_bytes : 192 + data_bytes + table_bytes]
+    _check(hashlib.sha256(head + sealed[-16:]).digest() == digest, "segment digest")
+    index = _unpack(key.decrypt(bytes(12), sealed, head), 4 << 20)
+    found, at = b"", 192
+    first, last = place // chunk_bytes, (place + length - 1) // chunk_bytes
+    for i in range(last + 1):
+        size, codec, _ = struct.unpack_from("<II16s", index, 8 + 24 * i)
+        if i >= first:
+            raw = min(chunk_bytes, raw_bytes - i * chunk_bytes)
+            bound = position + struct.pack("<III", i, raw, codec)
+            opened = key.decrypt((i + 1).to_bytes(12, "little"), segment[at : at + size], bound)
+            found += _unpack(opened, raw) if codec == 1 else opened
+        at += size
+    return found[place - first * chunk_bytes :][:length]
+
+
+def _columns(page: bytes) -> Iterator[tuple[int, ...]]:
+    rows, columns = struct.unpack_from("<II", page)
+    _check(len(page) == 8 + rows * columns * 8, "page length")
+    found = []
+    for column in range(columns):
+        values, last = [], 0
+        for row in range(rows):
+            folded = sum(page[8 + (column * 8 + plane) * rows + row] << 8 * plane for plane in range(8))
+            last += (folded >> 1) ^ -(folded & 1)
+            values.append(last)
+        found.append(values)
+    yield from zip(*found, strict=True)
 
 
 def _unpack(data: bytes, limit: int) -> bytes:

@@ -9,7 +9,9 @@ import uuid
 
 import pytest
 
-from replicar.formats import changelog, cipher, frame, logblob, overlay, sections, segment, vhd, wire
+from recovery import directory
+from recovery.replica import journal
+from replicar.formats import changelog, cipher, frame, indexblob, logblob, overlay, sections, segment, vhd, wire
 from replicar.formats.wire import AGENT_TABLE, State
 from tests.golden import layouts, make_golden, sample
 
@@ -32,7 +34,12 @@ SIZES = {
     "chunk-entry": segment.CHUNK_ENTRY.itemsize,
     "frame-entry": segment.FRAME_ENTRY.itemsize,
     "blob-header": logblob.HEADER_BYTES,
+    "index-header": indexblob.HEADER_BYTES,
+    "index-position": 48,
+    "index-section": indexblob.SECTION_ENTRY.itemsize,
+    "index-entry": directory.ENTRY.itemsize,
     "vhd-footer": vhd.FOOTER_BYTES,
+    "replica-slot": journal.HEAD_BYTES,
     "overlay-header": overlay.FIELDS_BYTES,
     "overlay-session": overlay.SESSION_BYTES,
 }
@@ -129,6 +136,28 @@ def test_the_documents_blob_table_reads_what_the_code_wrote() -> None:
     wanted |= {name: getattr(header.name, name) for name in ("machine_id", "epoch", "run", "stripe")}
     assert len(wanted) == 10
     assert {name: said[name] for name in wanted} == wanted
+
+
+def test_the_documents_index_tables_read_what_the_code_wrote() -> None:
+    for file, data in STORED.items():
+        if not file.startswith("index.v1.") or "bad" in file:
+            continue
+        name = indexblob.read_name(next(entry["about"] for entry in _manifest() if entry["file"] == file))
+        assert name is not None
+        header = indexblob.read_header(data, name)
+        assert header is not None
+        said = TABLES["index-header"].values(data)
+        wanted = {field: getattr(header, field) for field in _names("index-header") if hasattr(header, field)}
+        wanted |= {"machine_id": name.machine_id, "kind": name.kind, "first": name.first, "last": name.last}
+        assert len(wanted) == 11
+        assert {field: said[field] for field in wanted} == wanted
+        bound = TABLES["index-position"].values(name.pack())
+        assert {field: bound[field] for field in ("machine_id", "kind", "first", "last")}.items() <= wanted.items()
+
+
+def _manifest() -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(make_golden.MANIFEST.read_text(encoding="utf-8"))["files"]
+    return found
 
 
 def test_the_documents_footer_table_reads_what_the_code_wrote() -> None:

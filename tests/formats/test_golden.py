@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from replicar import errors
-from replicar.formats import changelog, frame, logblob, overlay, segment, vhd, wire
+from replicar.formats import changelog, frame, indexblob, logblob, overlay, segment, vhd, wire
 from tests.golden import make_golden, sample
 
 MANIFEST = json.loads(make_golden.MANIFEST.read_text(encoding="utf-8"))
@@ -45,6 +45,18 @@ def _read_whole_log(data: bytes) -> None:
     assert logblob.read_header(data) is not None
 
 
+def _read_index(data: bytes) -> None:
+    about = next(entry["about"] for entry in FILES.values() if make_golden.load(entry) == data)
+    name = indexblob.read_name(about)
+    assert name is not None
+    header = indexblob.read_header(data, name)
+    assert header is not None
+    root = indexblob.open_root(header, data[header.root_offset :][: header.root_bytes], sample.DATA_KEY)
+    for index, entry in enumerate(root.sections):
+        sealed = data[int(entry["offset"]) :][: int(entry["sealed_bytes"])]
+        assert indexblob.open_section(root, index, sealed, sample.DATA_KEY)
+
+
 READERS: dict[str, Callable[[bytes], object]] = {
     "frame": frame.read_frame,
     "changelog": _read_changelog,
@@ -52,6 +64,8 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "segment": _read_segment,
     "log": _read_whole_log,
     "blob": logblob.read_header,
+    "folded": _read_whole_log,
+    "index": _read_index,
     "vhd": vhd.read_footer,
     "overlay": overlay.read_header,
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.formats import independent_decoder
-from tests.golden import make_golden, sample
+from tests.golden import folded, make_golden, sample
 
 KEYS = {sample.KEY_ID: sample.DATA_KEY}
 
@@ -44,6 +44,29 @@ def test_the_end_of_the_golden_log_has_its_points_and_its_audit() -> None:
     assert found.points == stream.marks
     assert found.audits == 1
     assert found.names[1] == "data"
+
+
+def _folded_log() -> dict[str, bytes]:
+    manifest = json.loads(make_golden.MANIFEST.read_text(encoding="utf-8"))
+    kinds = ("folded", "index")
+    entries = [entry for entry in manifest["files"] if entry["format"] in kinds and entry["verdict"] == "good"]
+    return {entry["about"]: make_golden.load(entry) for entry in entries}
+
+
+def test_a_folded_log_decodes_to_what_is_kept_and_to_everything_behind_its_floor() -> None:
+    blobs, stream = _folded_log(), sample.stream()
+    kept = next(iter(stream.marks.values()))
+    last = stream.next_sequence - 1
+    for sequence in (kept, *range(folded.FLOOR_SEQUENCE, last + 1)):
+        found = independent_decoder.decode(blobs, sample.MACHINE, KEYS, sequence)
+        assert found.sequence == sequence
+        assert {index: bytes(data) for index, data in found.disks.items()} == stream.states[sequence]
+    for sequence in range(1, folded.FLOOR_SEQUENCE):
+        if sequence != kept:
+            with pytest.raises(ValueError, match="was given up"):
+                independent_decoder.decode(blobs, sample.MACHINE, KEYS, sequence)
+    first = next(name for name in blobs if name.endswith("00000001-00000001-00.rlog"))
+    assert blobs[first].count(0) > _golden_log()[first].count(0), "something was cleared"
 
 
 def test_the_decoder_notices_when_segments_of_two_runs_are_exchanged() -> None:

@@ -8,6 +8,7 @@ used yet. Trailing zeros are left off the files (`load` puts them back), for a c
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import json
 import struct
@@ -20,7 +21,7 @@ import zstandard
 
 from replicar.formats import changelog, cipher, frame, overlay, segment, vhd, wire
 from replicar.formats.frame import Kind
-from tests.golden import layouts, sample
+from tests.golden import folded, layouts, sample
 
 FOLDER = Path(__file__).resolve().parent
 MANIFEST = FOLDER / "manifest.json"
@@ -182,6 +183,19 @@ def _segments_and_logs() -> list[Golden]:
     return made
 
 
+def _folded() -> list[Golden]:
+    """The log once more, indexed and folded: its first segments are gone but for what one point of them needs."""
+    blobs = asyncio.run(folded.log())
+    made = []
+    for name, data in sorted(blobs.items()):
+        kind = "index" if "/index/" in name else "folded"
+        made.append(Golden(f"{kind}.v1.{name.rsplit('/', 1)[1]}.bin", kind, 1, "good", name, data))
+    checkpoint = next(item for item in made if item.about.endswith(".checkpoint"))
+    bad = flipped(checkpoint.data, 41)
+    made.append(Golden("index.v1.bad-header.bin", "index", 1, "CorruptionError", checkpoint.about, bad))
+    return made
+
+
 def _footers() -> list[Golden]:
     good = vhd.pack_footer(3 << 20, sample.MACHINE, CREATED)
     dynamic = (
@@ -213,7 +227,7 @@ def _overlays() -> list[Golden]:
 
 def make() -> list[Golden]:
     """Every golden file, made anew."""
-    return [*_frames(), *_changelogs(), *_messages(), *_segments_and_logs(), *_footers(), *_overlays()]
+    return [*_frames(), *_changelogs(), *_messages(), *_segments_and_logs(), *_folded(), *_footers(), *_overlays()]
 
 
 def examples(files: dict[str, bytes], document: str) -> dict[str, str]:

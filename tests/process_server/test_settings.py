@@ -35,7 +35,7 @@ def test_a_file_with_storage_alone_gives_the_defaults(file: Path) -> None:
     file.write_text(STORAGE)
     settings = load_settings(file)
     assert (settings.port, settings.compression_level, settings.segment_age_seconds) == (9443, 1, 0.2)
-    assert settings.tuning().log.blob_bytes == 64 << 30
+    assert settings.tuning().log.blob_bytes == 4 << 30
     assert settings.advertised_host()
     assert "QUJD" not in repr(settings)
 

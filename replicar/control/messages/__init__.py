@@ -15,6 +15,17 @@ Keys are `SecretStr`, so a printed or logged message shows none; they show in `t
 
 from __future__ import annotations
 
+from replicar.control.messages.access import (
+    MAX_TOKEN_DAYS,
+    TOKEN_ROLES,
+    ApiDocument,
+    AuditEntry,
+    AuditTrail,
+    NewToken,
+    Token,
+    TokenList,
+    TokenRequest,
+)
 from replicar.control.messages.agent import (
     AgentAssignment,
     AgentHeartbeat,
@@ -67,6 +78,7 @@ from replicar.control.messages.limits import (
     MAX_OPERATOR_WAIT_SECONDS,
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
+    MAX_SIGNALS,
     MAX_TROUBLED_MACHINES,
     MAX_WAIT_SECONDS,
     STORAGE,
@@ -105,6 +117,7 @@ from replicar.control.messages.policy import (
 )
 from replicar.control.messages.server import (
     FormerKey,
+    HealthSignal,
     MachineProgress,
     MachineTrouble,
     ProcessServerAssignment,
@@ -130,16 +143,22 @@ __all__ = [
     "MAX_POLICY_VERSIONS",
     "MAX_REPLY_BYTES",
     "MAX_REQUEST_BYTES",
+    "MAX_SIGNALS",
     "MAX_STEPS",
+    "MAX_TOKEN_DAYS",
     "MAX_TROUBLED_MACHINES",
     "MAX_WAIT_SECONDS",
     "STORAGE",
+    "TOKEN_ROLES",
     "AgentAssignment",
     "AgentHeartbeat",
     "AgentInstructions",
     "Alert",
     "AlertList",
+    "ApiDocument",
+    "AuditEntry",
     "AuditReport",
+    "AuditTrail",
     "Claim",
     "ClaimRequest",
     "ClaimedMachine",
@@ -155,6 +174,7 @@ __all__ = [
     "GroupPoint",
     "GroupRequest",
     "GroupVerdict",
+    "HealthSignal",
     "HoldReport",
     "HoldRequest",
     "Job",
@@ -179,6 +199,7 @@ __all__ = [
     "MarkReport",
     "MarkRequest",
     "MoveRequest",
+    "NewToken",
     "Point",
     "PointChoice",
     "PointKind",
@@ -196,5 +217,8 @@ __all__ = [
     "StepReport",
     "TargetChange",
     "TargetSettings",
+    "Token",
+    "TokenList",
+    "TokenRequest",
     "VaultStatus",
 ]

@@ -90,9 +90,9 @@ class AgentHeartbeat(Message):
     `ordered_from` is the (sequence, time_ns) from which on every sequence is a recovery point, None while there is
     no such. `capture` says in words how the machine is captured, where that is not inline. `stored_until_ns` is an
     instant up to which (inclusive) every change is among those up to `stored_sequence`; None while order is not
-    captured. `errors`: why nothing is sent, empty while all is well. `journal_full_seconds`: until the change log is
-    full, and `copy_remaining_seconds`: until all that is dirty is copied, if it goes on as lately; None where it
-    does not go there.
+    captured. `unstored_bytes`: what the change log keeps until it is stored. `errors`: why nothing is sent, empty
+    while all is well. `journal_full_seconds`: until the change log is full, and `copy_remaining_seconds`: until all
+    that is dirty is copied, if it goes on as lately; None where it does not go there.
     """
 
     time_ns: Count
@@ -105,6 +105,7 @@ class AgentHeartbeat(Message):
     rpo_p99_seconds: Seconds = 0.0
     bytes_captured: Count = 0
     bytes_sent: Count = 0
+    unstored_bytes: Count = 0
     disks: Annotated[tuple[DiskReport, ...], Field(max_length=256)] = ()
     marks: Annotated[tuple[MarkReport, ...], Field(max_length=1024)] = ()
     gaps: Annotated[tuple[GapReport, ...], Field(max_length=1024)] = ()

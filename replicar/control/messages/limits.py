@@ -20,6 +20,8 @@ DATA_KEY_BYTES: Final = 32
 #: Errors that one heartbeat carries of its sender, and machines whose errors a process server's carries.
 MAX_ERRORS: Final = 16
 MAX_TROUBLED_MACHINES: Final = 128
+#: Health signals that a process server reports.
+MAX_SIGNALS: Final = 16
 #: The part of a process server whose error stands in the way of all its machines.
 STORAGE: Final = "storage"
 

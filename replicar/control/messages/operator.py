@@ -11,8 +11,9 @@ from replicar.control.message import Count, Digest, ErrorReport, Message, Name, 
 from replicar.control.messages.agent import AuditReport, DiskReport, GapReport
 from replicar.control.messages.jobs import LifeState
 from replicar.control.messages.limits import MAX_OPERATOR_WAIT_SECONDS, MAX_WAIT_SECONDS
-from replicar.control.messages.server import FormerKey, WithDataKey
+from replicar.control.messages.server import FormerKey, HealthSignal, WithDataKey
 from replicar.formats.record import Consistency
+from replicar.signals import Level
 
 
 class MachineSummary(Message):
@@ -20,7 +21,8 @@ class MachineSummary(Message):
 
     `state` is what its agent says; `life` is where it is in the operator's circle, since `life_since_ns` where a job
     decided that. `errors`: what is in the way of storing what changes on it, by whom it was reported; `storing` is
-    False while a machine that is protected has any.
+    False while a machine that is protected has any. In transit: `source_bytes` are in its change log and not stored,
+    `pending_bytes` of those are in its process server. Nothing is in transit behind that: recovery reads the log.
     """
 
     id: uuid.UUID
@@ -52,6 +54,8 @@ class MachineSummary(Message):
     capture: Text = ""
     life: LifeState = LifeState.UNPROTECTED
     life_since_ns: Count = 0
+    source_bytes: Count = 0
+    pending_bytes: Count = 0
 
     @property
     def seed_done_bytes(self) -> int:
@@ -77,6 +81,8 @@ class ProcessServerSummary(Message):
     cache_bytes_free: Count
     machines: Count
     errors: tuple[ErrorReport, ...] = ()
+    health: Level = Level.HEALTHY
+    signals: tuple[HealthSignal, ...] = ()
 
 
 class VaultStatus(Message):

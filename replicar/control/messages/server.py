@@ -10,8 +10,15 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from replicar.control.message import Count, Digest, ErrorReport, Message, Seconds, Secret, Text
-from replicar.control.messages.limits import DATA_KEY_BYTES, MAX_ERRORS, MAX_TROUBLED_MACHINES, MAX_WAIT_SECONDS
+from replicar.control.messages.limits import (
+    DATA_KEY_BYTES,
+    MAX_ERRORS,
+    MAX_SIGNALS,
+    MAX_TROUBLED_MACHINES,
+    MAX_WAIT_SECONDS,
+)
 from replicar.errors import CorruptionError
+from replicar.signals import Level
 
 
 class MachineProgress(Message):
@@ -19,6 +26,7 @@ class MachineProgress(Message):
 
     The bytes are counted from zero since whatever `counted_since` names (any text, another one for every beginning), so
     that a restart is told from a repetition; without it, only a number lower than before is known for a restart.
+    `pending_bytes` are received and not stored yet.
     """
 
     machine_id: uuid.UUID
@@ -27,6 +35,7 @@ class MachineProgress(Message):
     stored_segment: Count | None = None
     stored_digest: Digest = ""
     counted_since: Annotated[str, StringConstraints(max_length=64)] = ""
+    pending_bytes: Count = 0
     bytes_received: Count = 0
     bytes_stored: Count = 0
 
@@ -37,6 +46,18 @@ class MachineTrouble(Message):
     machine_id: uuid.UUID
     state: Text = ""
     error: ErrorReport
+
+
+class HealthSignal(Message):
+    """One thing measured (see `replicar.signals`): level, value and unit, and, if it is not well, why and what next."""
+
+    name: Text
+    level: Level
+    value: float | None = None
+    unit: Text = ""
+    cause: Text = ""
+    hint: Text = ""
+    code: Text = ""
 
 
 class ProcessServerHeartbeat(Message):
@@ -53,6 +74,7 @@ class ProcessServerHeartbeat(Message):
     cache_bytes_free: Count = 0
     machines: Annotated[tuple[MachineProgress, ...], Field(max_length=4096)] = ()
     errors: Annotated[tuple[ErrorReport, ...], Field(max_length=MAX_ERRORS)] = ()
+    signals: Annotated[tuple[HealthSignal, ...], Field(max_length=MAX_SIGNALS)] = ()
     troubles: Annotated[tuple[MachineTrouble, ...], Field(max_length=MAX_TROUBLED_MACHINES)] = ()
     wait_seconds: Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS)] = 0.0
     known_version: Text = ""

@@ -1,0 +1,65 @@
+"""One page blob that is rewritten in place, by one writer at a time, whatever late requests may still arrive.
+
+After a time-out a write may land later, over newer bytes. So every write here asks that the blob's sequence number be
+what this writer last raised it to; after an outcome that nobody knows the number is raised before anything else is
+written, and the late one is refused by the store. A new writer takes the lease from the old one and raises the number:
+from then on the old one is refused, with whatever it still had under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Self
+
+from replicar.errors import FencedError, TransientError
+from replicar.storage.store import PageBlobStore, Pages, outcome_is_certain
+
+#: Times that a page is written whose outcome is not known, or that the number was raised under, before it is an error.
+TRIES: Final = 8
+
+
+class FencedBlob:
+    """A blob that is this writer's. Make it with `take`. Several writes may be under way at once, to places apart.
+
+    All methods raise FencedError when somebody else has taken the blob, and what else a store raises.
+    """
+
+    def __init__(self, store: PageBlobStore, name: str, lease_id: str, number: int) -> None:
+        self.name = name
+        self._store, self._lease_id, self._number = store, lease_id, number
+        self._raising = asyncio.Lock()
+
+    @classmethod
+    async def take(cls, store: PageBlobStore, name: str) -> Self:
+        """Become the blob's only writer."""
+        await store.break_lease(name)
+        lease_id = await store.acquire_lease(name)
+        return cls(store, name, lease_id, await store.bump_sequence_number(name, lease_id=lease_id))
+
+    async def put(self, offset: int, data: Pages) -> None:
+        """Write pages; when this returns they are there, and no earlier write of ours can come over them."""
+        for attempt in range(TRIES):
+            number, last = self._number, attempt == TRIES - 1
+            try:
+                await self._store.put_pages(
+                    self.name, offset, data, lease_id=self._lease_id, if_sequence_number_lt=number + 1
+                )
+                return
+            except FencedError:
+                async with self._raising:
+                    if self._number == number or last:
+                        raise
+            except TransientError as error:
+                if outcome_is_certain(error) or last:
+                    raise
+                async with self._raising:
+                    if self._number == number:
+                        self._number = await self._store.bump_sequence_number(self.name, lease_id=self._lease_id)
+
+    async def release(self) -> None:
+        """Let go of the blob: anybody may write to it, or import it, now."""
+        await self._store.release_lease(self.name, self._lease_id)
+
+    async def delete(self) -> None:
+        """Remove the blob."""
+        await self._store.delete(self.name, lease_id=self._lease_id)

@@ -1,0 +1,155 @@
+"""`replica run` and `replica status`: a machine's warm replica, kept close behind its log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from recovery.chunks import MachineLog
+from recovery.moments import format_moment
+from recovery.points import Latest, Request, locate
+from recovery.replica.journal import Phase
+from recovery.replica.warm import Round, WarmReplica, read_journal
+from replicar.cli.access import MachineId, VaultKeyFile, open_machine
+from replicar.cli.choice import At, PointName, Sequence, chosen_point
+from replicar.cli.console import Json, Machine, SettingsFile, Telling, duration, row, run, size, table
+from replicar.cli.export import until_told
+from replicar.cli.settings import load_settings
+from replicar.clock import SystemClock
+from replicar.errors import PermanentError, TransientError
+
+app = typer.Typer(
+    name="replica", help="A machine's warm replica: VHD blobs kept close behind its log.", no_args_is_help=True
+)
+
+
+@app.command("run")
+def run_replica(
+    machine: Machine,
+    every: Annotated[float, typer.Option(help="Seconds between rounds.", min=1.0)] = 30.0,
+    once: Annotated[bool, typer.Option("--once", help="One round, then end; failover does so.")] = False,
+    point: PointName = None,
+    at: At = None,
+    sequence: Sequence = None,
+    settings: SettingsFile = None,
+    vault_key_file: VaultKeyFile = None,
+    machine_id: MachineId = None,
+    as_json: Json = False,
+) -> None:
+    """Keep a machine's replica close behind its log, round by round, until Ctrl-C or SIGTERM.
+
+    The blobs are replicas/MACHINE-ID/DISK-INDEX.vhd in the logs' container, fixed VHDs that Azure imports. They are not
+    sealed. Whoever runs this last is the only writer. With --once a point ahead may be given; the latest is meant
+    otherwise.
+    """
+
+    async def work(telling: Telling) -> None:
+        named = any((point, at, sequence))
+        if named and not once:
+            raise PermanentError("a point goes with --once", hint="add --once, or leave the point out")
+        request = chosen_point(point, at, sequence, latest=not named)
+        async with (
+            open_machine(
+                load_settings(settings), machine, vault_key_file=vault_key_file, machine_id=machine_id
+            ) as access,
+            WarmReplica(access.log, access.log.store, clock=SystemClock()) as replica,
+        ):
+            if once:
+                await _round(telling, machine, replica, request)
+            else:
+                await _rounds(telling, machine, replica, request, every)
+
+    run(as_json, work)
+
+
+@app.command("status")
+def status(
+    machine: Machine,
+    settings: SettingsFile = None,
+    vault_key_file: VaultKeyFile = None,
+    machine_id: MachineId = None,
+    as_json: Json = False,
+) -> None:
+    """Say which point a machine's replica holds, and how far behind its log that is. Exit status 1: it holds none."""
+
+    async def work(telling: Telling) -> int:
+        async with open_machine(
+            load_settings(settings), machine, vault_key_file=vault_key_file, machine_id=machine_id
+        ) as access:
+            return await _status(telling, machine, access.log)
+
+    run(as_json, work)
+
+
+async def _round(telling: Telling, machine: str, replica: WarmReplica, request: Request) -> None:
+    began = time.monotonic()
+    done = await replica.advance(request)
+    _tell(telling, machine, done, time.monotonic() - began)
+
+
+async def _rounds(telling: Telling, machine: str, replica: WarmReplica, request: Request, every: float) -> None:
+    """Round after round until told to end. Storage may be away: the next round does what this one did not."""
+    async with until_told() as told:
+        while not told.is_set():
+            try:
+                await _round(telling, machine, replica, request)
+            except TransientError as error:
+                telling.failure(error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(every):
+                    await told.wait()
+
+
+async def _status(telling: Telling, machine: str, log: MachineLog) -> int:
+    record = await read_journal(log, log.store)
+    latest = (await locate(log, Latest())).place
+    holds = record is not None and record.phase is Phase.APPLIED
+    behind_ns = latest.time_ns - record.time_ns if record is not None and holds else None
+    data = {
+        "machine": machine,
+        "phase": record.phase.value if record is not None else None,
+        "sequence": record.sequence if record is not None else None,
+        "time_ns": record.time_ns if record is not None else None,
+        "behind_sequences": latest.sequence - record.sequence if record is not None else None,
+        "behind_seconds": behind_ns / 1e9 if behind_ns is not None else None,
+        "disks": [{"name": disk.name, "size_bytes": disk.size_bytes} for disk in record.disks] if record else [],
+    }
+
+    def show(console: Console) -> None:
+        if record is None:
+            console.print("there is no replica yet; next step: `replicar replica run MACHINE`")
+            return
+        made = table("", "~")
+        row(made, "holds" if holds else "on the way to", f"sequence {record.sequence}, {format_moment(record.time_ns)}")
+        if behind_ns is not None:
+            row(made, "behind the log", f"{latest.sequence - record.sequence} changes, {duration(behind_ns / 1e9)}")
+        console.print(made)
+
+    telling.result(data, show)
+    return 0 if holds else 1
+
+
+def _tell(telling: Telling, machine: str, done: Round, seconds: float) -> None:
+    data = {
+        "machine": machine,
+        "sequence": done.sequence,
+        "time_ns": done.time_ns,
+        "written_bytes": done.written_bytes,
+        "full": done.full,
+        "seconds": round(seconds, 3),
+    }
+    words = "made anew" if done.full else "brought on"
+    telling.result(
+        data,
+        lambda console: console.print(
+            f"{words} to sequence {done.sequence}, {format_moment(done.time_ns)}: {size(done.written_bytes)} written "
+            f"in {duration(seconds)}",
+            markup=False,
+            soft_wrap=True,
+        ),
+    )
