@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types pytest bench soak archive clean
+.PHONY: help setup demo test lint format types pytest bench soak nightly archive clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -37,14 +37,21 @@ bench: setup ## the benchmarks, one JSON object each
 	$(BIN)/python -m bench limit --json
 	$(BIN)/python -m bench datapath --json
 	$(BIN)/python -m bench capture --json
+	$(BIN)/python -m bench churn --json
+	$(BIN)/python -m bench fleet --json
+	setup/azcopy.sh
+	$(BIN)/python -m bench seed --json
 	$(BIN)/pytest tests/bench/test_hot_path.py --benchmark-enable --benchmark-only
 
 soak: setup ## the long tests
 	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600
 
+nightly: setup ## 200 deaths of the process server
+	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600 tests/process_server/faults
+
 archive: setup ## the agent in one file, for machines with Python only (dist/)
 	@$(BIN)/python setup/agent_archive.py
 
 clean: ## remove everything that was made here
-	rm -rf .venv .azurite .guest .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist *.egg-info
+	rm -rf .venv .azurite .azcopy .guest .setup.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench import capture, churn, datapath, limit, recovery
+from bench import capture, churn, datapath, fleet, limit, recovery, seed
 from bench.report import Report, show
 from replicar.errors import ReplicarError
 
@@ -60,6 +60,24 @@ def _churn_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk-mib", type=int, default=churn.DEFAULT_DISK_MIB, help="MiB of the disk (%(default)s)")
 
 
+def _fleet_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--agents", type=int, default=fleet.DEFAULT_AGENTS, help="machines (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=fleet.DEFAULT_SECONDS, help="measured (%(default)s)")
+    parser.add_argument(
+        "--modest-mb-per-s",
+        type=float,
+        default=fleet.DEFAULT_MB_PER_S,
+        help="of all machines but the greedy one (%(default)s)",
+    )
+    parser.add_argument("--frame-kib", type=int, default=fleet.DEFAULT_FRAME_KIB, help="KiB a frame (%(default)s)")
+
+
+def _seed_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gib", type=float, default=seed.DEFAULT_GIB, help="GiB of the disk (%(default)s)")
+    parser.add_argument("--delta-mib", type=int, default=seed.DEFAULT_DELTA_MIB, help="MiB changed (%(default)s)")
+    parser.add_argument("--replicar-first", action="store_true", help="copy before AzCopy does, not after")
+
+
 BENCHMARKS: Final = {
     "limit": Benchmark(
         "cpu seconds per GB of the libraries alone, and the throughput these cores could reach at best",
@@ -80,6 +98,16 @@ BENCHMARKS: Final = {
         "8 KiB random writes through the whole path: the RPO at a rate, and the highest rate that is held",
         _churn_options,
         churn.run,
+    ),
+    "fleet": Benchmark(
+        "a thousand machines on one process server, one of them greedy: memory, and the RPO of the others",
+        _fleet_options,
+        fleet.run,
+    ),
+    "seed": Benchmark(
+        "the first copy of an ext4 disk beside AzCopy, and of 40 MB that changed beside restic's second run",
+        _seed_options,
+        seed.run,
     ),
     "recovery": Benchmark(
         "how soon any point of a large disk can be read, and how fast a disk comes back, beside the raw steps",

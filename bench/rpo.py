@@ -33,8 +33,10 @@ class Rpo:
     longest: float
 
 
-def ages(segments: Iterable[StoredSegment], start_ns: int, end_ns: int) -> list[float]:
-    """The age at every `SAMPLE_SECONDS` from start to end, in seconds, of one machine.
+def ages(
+    segments: Iterable[StoredSegment], start_ns: int, end_ns: int, step_ns: int = int(SAMPLE_SECONDS * 1e9)
+) -> list[float]:
+    """The age at every step from start to end, in seconds, of one machine.
 
     Raises:
         PermanentError: a segment is missing, so nothing can be said.
@@ -44,7 +46,7 @@ def ages(segments: Iterable[StoredSegment], start_ns: int, end_ns: int) -> list[
         raise PermanentError("the record of the sink has a hole", hint="a segment was never answered for")
     found: list[float] = []
     following, stored_ns = 0, 0  # the first segment that is not stored yet
-    for now in range(start_ns, end_ns, int(SAMPLE_SECONDS * 1e9)):
+    for now in range(start_ns, end_ns, step_ns):
         while following < len(chain) and max(stored_ns, chain[following].answered_ns) <= now:
             stored_ns = max(stored_ns, chain[following].answered_ns)
             following += 1

@@ -27,6 +27,9 @@ from replicar.tls import PeerIdentity, Role, peer_identity
 
 #: HELLO takes up to 16 KiB and a header; frames of a machine without a slot land here too.
 SCRATCH_BYTES: Final = 32 << 10
+#: What TLS may hold undecrypted of one connection that is not read from: a thousand wait when storage is slow. (The
+#: event loop's own limit is 256 KiB, and it takes as much again before it looks.)
+UNREAD_BYTES: Final = 16 << 10
 HELLO_SECONDS: Final = 10.0
 #: How long a HELLO waits for its machine to be assigned here: the agent may have heard of it first.
 ASSIGNMENT_SECONDS: Final = 3.0
@@ -85,6 +88,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         _keep_alive(self._transport)
+        _hold_little(self._transport)
         try:
             ssl_object = cast(ssl.SSLObject | None, transport.get_extra_info("ssl_object"))
             self.peer = peer_identity(ssl_object)
@@ -263,6 +267,13 @@ class Connection(asyncio.BufferedProtocol):
             receiver.close()
         if self._machine is not None:
             self._machine.detach(self)
+
+
+def _hold_little(transport: asyncio.Transport) -> None:
+    """Leave what comes in the kernel's hands while nothing is read; only TLS transports hold anything."""
+    limit = getattr(transport, "set_read_buffer_limits", None)
+    if limit is not None:
+        limit(high=UNREAD_BYTES)
 
 
 def _keep_alive(transport: asyncio.Transport) -> None:

@@ -19,4 +19,6 @@ for name in requirements requirements-agent requirements-node; do
         --output-file "$name.txt" "$name.in"
 done
 
-npm install --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund
+for project in . azcopy; do
+    (cd "$project" && npm install --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund)
+done

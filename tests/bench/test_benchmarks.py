@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 
+from bench import seed_peers
 from tests.support.tools import need
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 110
 
 
-def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _bench(*arguments: str, seconds: float = LIMIT_SECONDS) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
 
 
-def _report(*arguments: str) -> dict[str, Any]:
-    done = _bench(*arguments)
+def _report(*arguments: str, seconds: float = LIMIT_SECONDS) -> dict[str, Any]:
+    done = _bench(*arguments, seconds=seconds)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     assert report["valid"]
@@ -67,7 +68,14 @@ def test_the_datapath_moves_everything_into_the_sink_and_is_compared_with_the_li
 def test_without_a_name_they_are_listed_one_line_each() -> None:
     done = _bench()
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["limit", "datapath", "capture", "churn"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "limit",
+        "datapath",
+        "capture",
+        "churn",
+        "fleet",
+        "seed",
+    ]
 
 
 def test_without_json_there_is_a_table_for_people(tmp_path: Path) -> None:
@@ -117,4 +125,30 @@ def test_churn_says_how_old_the_oldest_change_became_that_was_not_stored(tmp_pat
     assert report["rpo_samples"] >= 100
     assert report["churn_mb_per_s_max"] == report["written_mb_per_s"]
     assert report["steps"] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fleet_is_served_and_the_greedy_one_of_it_harms_no_other(tmp_path: Path) -> None:
+    small = ["--agents", "12", "--seconds", "2", "--modest-mb-per-s", "1"]
+    report = _report("fleet", "--json", *small, "--directory", str(tmp_path))
+    assert report["mb_per_s"] > report["greedy_mb_per_s"] >= 0
+    assert 0 <= report["modest_rpo_seconds_p50"] <= report["modest_rpo_seconds_p99"]
+    assert report["modest_rpo_seconds_max"] > 0
+    assert 50 < report["rss_mib"] < 1024
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(620)
+def test_a_first_copy_is_compared_with_azcopy_and_a_change_with_restic(tmp_path: Path) -> None:
+    need("restic")
+    need("mkfs.ext4")
+    if not seed_peers.AZCOPY.exists():
+        pytest.skip("no AzCopy here; run setup/azcopy.sh")
+    small = ["--gib", "0.0625", "--delta-mib", "1", "--directory", str(tmp_path)]
+    report = _report("seed", "--json", *small, seconds=600)
+    assert report["recovered"] == "every file equal, e2fsck clean"
+    assert report["left_out_mib"] > 0
+    assert report["speedup"] > 0
+    assert report["delta_speedup"] > 0
     assert list(tmp_path.iterdir()) == []

@@ -106,12 +106,15 @@ class Story:
                 await agent.converse()
             await asyncio.sleep(0.05)
 
-    async def stored(self, server: Server, more: int) -> None:
-        """Wait until so many more sequences are stored, or the server is dead already."""
+    async def stored(self, server: Server, more: int, *, seconds: float = 30.0) -> None:
+        """Wait until so many more sequences are stored, or the server is dead already, but not for ever: of two that
+        fight for the machine, the one that the agent knows may be the one that lost."""
         agent = self.here.agent
         wanted = agent.stored + more
-        while agent.stored < wanted and self.alive(server):
-            await asyncio.sleep(0.01)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while agent.stored < wanted and self.alive(server):
+                    await asyncio.sleep(0.01)
 
     @staticmethod
     def alive(server: Server) -> bool:
@@ -120,12 +123,14 @@ class Story:
     async def live_and_die(self) -> None:
         """One life: from a start to whatever ends it, and what that takes along."""
         server, step = self.server, self.draw.choice((0, self.draw.randrange(1, MOST_STEPS)))
-        self.storage.due.append(self.draw.choice((Fault.LATE, Fault.NONE)))
-        await self.launch(server, step)
-        if step:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LONGEST_LIFE_SECONDS):
-                    await self.stored(server, 1 << 40)
+        late, first = self.draw.choice((Fault.LATE, Fault.NONE)), not self.told
+        self.storage.due.append(Fault.LATE if first else late)
+        await self.launch(server, 0 if first else step)
+        if first:
+            await self.stored(server, 60)
+        elif step:
+            await self.stored(server, 1)
+            await self.stored(server, 1 << 40, seconds=LONGEST_LIFE_SECONDS)  # it dies first, or has lived long enough
         elif self.draw.random() < 0.8:  # else it dies while it starts, or soon after
             await self.stored(server, self.draw.randrange(1, 60))
         await asyncio.sleep(self.draw.uniform(0, 0.8))
@@ -153,7 +158,7 @@ class Story:
         await self.launch(newer)
         await asyncio.sleep(self.draw.uniform(0, 2))
         self.server = newer
-        await self.stored(newer, self.draw.randrange(1, 20))
+        await self.stored(newer, self.draw.randrange(1, 20), seconds=10.0)
         newer.kill()
 
     def check(self) -> None:
