@@ -14,12 +14,13 @@ LOOK_SECONDS: Final = 0.5
 
 async def watch(stage: Stage) -> None:
     """Look for ever: order, bounds, and who is ahead of whom."""
-    stored = 0
+    stored, seen = 0, None
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         core = stage.core
+        if core is not seen:  # an agent that starts again begins with what its log begins with
+            stored, seen = 0, core
         if core is None:
-            stored = 0
             continue
         log = core.log
         if log.stored_sequence < stored and log.stored_sequence:

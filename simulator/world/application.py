@@ -144,6 +144,7 @@ class Application:
         except PermanentError:  # the disk failed it
             self.counts.refused += 1
             self._lose(issued)
+            _doubt(before)
         except TransientError:
             self.counts.lost += 1
             self._lose(issued)
@@ -158,7 +159,10 @@ class Application:
         before = self._truth.acknowledged()
         try:
             await client.flush()
-        except (PermanentError, TransientError):
+        except PermanentError:
+            _doubt(before)
+            return
+        except TransientError:
             return
         self.counts.flushes += 1
         for change in before:
@@ -172,3 +176,9 @@ class Application:
         """Everything in flight has an end."""
         while self._waiting:
             await asyncio.wait(list(self._waiting))
+
+
+def _doubt(changes: list[Change]) -> None:
+    """A flush of these failed."""
+    for change in changes:
+        change.unsure = True

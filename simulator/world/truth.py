@@ -50,6 +50,7 @@ class Change:
     acknowledged: int | None = None
     lost: bool = False
     flushed: bool = False
+    unsure: bool = False  # a flush of it failed: the kernel may have dropped it, whatever later flushes say
 
 
 @dataclass(slots=True)
@@ -104,7 +105,11 @@ class Truth:
 
     def acknowledged(self) -> list[Change]:
         """What a flush that is asked for now must make durable."""
-        return [each for each in self.eras[-1].changes if each.acknowledged is not None and not each.flushed]
+        return [
+            each
+            for each in self.eras[-1].changes
+            if each.acknowledged is not None and not each.flushed and not each.unsure
+        ]
 
     # --- what the world tells ---
 
