@@ -14,7 +14,8 @@ MB are 1e6 bytes of what applications wrote; frames' headers and tables, retries
 count as cost. What others use of the cores meanwhile is shown, since it lowers `ratio` (and hardly `cpu_ratio`).
 
 Weak: one machine, one connection, everything on the same cores, no network in between; the config server's heartbeats
-go on beside it and are not counted.
+go on beside it and are not counted. Where the kernel groups processes by session (autogroup), `nice` does not lift the
+parts above others, since each has a session of its own: only a quiet machine gives a `ratio` that means something.
 """
 
 from __future__ import annotations

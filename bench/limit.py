@@ -9,6 +9,7 @@ what this one promises, with these libraries: each byte is
     compressed once                              zstd at the process server's default level, in a segment's chunks
     encrypted once, as it is then compressed     AES-256-GCM
     put once over HTTPS, compressed              aiohttp on uvloop; the sink's side too, since it runs on these cores
+                                                 (the product's own uploads, from threads, come to about the same)
 
 and nothing else: no protocol, no bookkeeping, no Python between the libraries, no thread waiting for another. Buffers
 are owned and reused, so no memory is faulted in. Each step is measured alone, so none disturbs another one's caches.

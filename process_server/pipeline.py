@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from process_server.cache import PAYLOAD_BYTES, CacheFile, page_ceiling, page_floor
+from process_server.effort import Effort
 from process_server.gate import Pass
 from process_server.health import Counters
 from process_server.logwriter import LogWriter, Place, Writer
@@ -90,6 +91,7 @@ class Pipeline:
         self._number = log.tail.number
         self._last: _Work | None = None
         self._passes: dict[_Work, Pass] = {}
+        self._effort = Effort()
 
     def wake(self) -> None:
         """The stream has news for `tick`."""
@@ -198,7 +200,8 @@ class Pipeline:
                 source = readback
             run = source[each.start : each.end]
             return self._sealer.seal(
-                run, where, self._writer.data_key, self._writer.key_id, out, verify=readback is not None
+                *(run, where, self._writer.data_key, self._writer.key_id, out, self._effort),
+                verify=readback is not None,
             )
         except CorruptionError as error:
             raise CacheDamage(each, error) from error

@@ -6,7 +6,18 @@ Bytes are copied only
 - when a machine was idle and has no slot: its first read, from a scratch buffer (32 KiB at most);
 - when there is no slot or buffer to be had: those same bytes, kept aside until there is.
 
-When there is none to be had, reading stops, and with it, by TCP, the agent; nothing is dropped.
+Counted over the whole server, by libraries and never by Python, each byte is copied:
+
+    in     from the kernel to OpenSSL, within it twice (the loop's TLS has memory in between), decrypted into the slot
+    cache  not at all: O_DIRECT takes it from the slot
+    seal   zstd reads the slot and writes what is left into memory of its own; AES-GCM writes that to its place in the
+           segment
+    out    TLS encrypts from there, record by record, into the kernel (`replicar.storage.line`)
+
+The two in OpenSSL are the loop's price for many connections on one thread; measured, a blocking socket's extra system
+calls cost as much. All others change the bytes, or cross into another's memory.
+
+When there is no slot to be had, reading stops, and with it, by TCP, the agent; nothing is dropped.
 
 It stops for a moment too, between two slots, while storing has enough to go on with and does go on: what is received
 far ahead goes through cold memory, and when that runs out is read back and verified again. It stops for a moment only:

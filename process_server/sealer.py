@@ -12,12 +12,14 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
 import zstandard
 
 from process_server.bandwidth import Pace
 from process_server.buffers import BufferPool
+from process_server.effort import Effort, level_for
 from process_server.gate import Gate
 from replicar.errors import CorruptionError
 from replicar.formats import frame, segment
@@ -39,7 +41,7 @@ class Sealer:
     """Seals segments for all machines.
 
     Args:
-        level: zstd's; -7 to 19, 0 stores as it is.
+        level: zstd's, -7 to 19, where no narrow link asks for more; 0 stores as it is.
         salt: gives 32 fresh random bytes.
         uploads: of one machine at once; what all have under way is enough for that.
         pace: what may be uploaded; None for no limit.
@@ -79,11 +81,20 @@ class Sealer:
             raise
 
     def seal(
-        self, raw: memoryview, position: Position, data_key: bytes, key_id: int, out: memoryview, *, verify: bool
+        self,
+        raw: memoryview,
+        position: Position,
+        data_key: bytes,
+        key_id: int,
+        out: memoryview,
+        effort: Effort,
+        *,
+        verify: bool,
     ) -> SealedChunks:
         """Compress and encrypt a run of frames into `out`, all but its place in the chain; in a thread (see `run`).
 
         Args:
+            effort: of the machine; asked, and told.
             verify: check every frame again, because the run was away from memory since it was received.
 
         Raises:
@@ -93,17 +104,23 @@ class Sealer:
         first, last = frames[0][1].header, frames[-1][1].header
         if first.first_sequence != position.first_sequence or last.last_sequence != position.last_sequence:
             raise CorruptionError(f"the cache holds another run than {position.first_sequence}")
-        chunks = segment.seal_chunks(raw, position, data_key, self._salt(), self._compressor(), key_id=key_id, out=out)
+        compressor = self._compressor(level_for(self._level, self.gate.rate))
+        choose = partial(effort.choose, compress=compressor.compress) if compressor is not None else None
+        chunks = segment.seal_chunks(
+            raw, position, data_key, self._salt(), compressor, key_id=key_id, out=out, choose=choose
+        )
+        effort.learn([codec == segment.CODEC_ZSTD for codec in chunks.chunks["codec"].tolist()])
         segment.add_table(chunks, frames)
         return chunks
 
-    def _compressor(self) -> zstandard.ZstdCompressor | None:
-        if not self._level:
+    def _compressor(self, level: int) -> zstandard.ZstdCompressor | None:
+        """This thread's for that level, of which there are few."""
+        if not level:
             return None
-        compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
-        if compressor is None:
-            compressor = self._local.compressor = zstandard.ZstdCompressor(level=self._level)
-        return compressor
+        known: dict[int, zstandard.ZstdCompressor] = self._local.__dict__.setdefault("compressors", {})
+        if level not in known:
+            known[level] = zstandard.ZstdCompressor(level=level)
+        return known[level]
 
 
 def _walk(raw: memoryview) -> Frames:

@@ -126,7 +126,7 @@ class Settings(BaseSettings):
     advertise_host: Annotated[str, Field(description="where agents reach it; empty: this host's name")] = ""
     cache_bytes: Annotated[Bytes, Field(ge=MIN_SLOTS * SLOT_BYTES)] = 16 << 30
     buffers_bytes: Annotated[Bytes, Field(ge=PAYLOAD_BYTES, description="memory to receive into")] = 256 << 20
-    compression_level: Annotated[int, Field(ge=-7, le=19, description="zstd's; 0 stores as it is")] = 1
+    compression_level: Annotated[int, Field(ge=-7, le=19, description="zstd's, more on a narrow link; 0: none")] = 1
     segment_age_seconds: Annotated[float, Field(gt=0, le=60)] = 0.2
     uploads_per_machine: Annotated[int, Field(ge=1, le=32)] = 4
     log_stripes: Annotated[int, Field(ge=1, le=MAX_STRIPES)] = 8

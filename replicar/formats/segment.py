@@ -26,7 +26,7 @@ numbers can be read without a key, and how well data compressed. The zeros at th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -60,6 +60,7 @@ from replicar.formats.sections import (
 __all__ = [
     "ALIGNMENT",
     "CHUNK_ENTRY",
+    "CODEC_ZSTD",
     "DEFAULT_CHUNK_BYTES",
     "DIGEST_BYTES",
     "FIRST_DIGEST",
@@ -90,6 +91,9 @@ __all__ = [
 ]
 
 DEFAULT_CHUNK_BYTES: Final = 128 << 10
+#: Given to zstd at once: enough that the interpreter's lock is seldom asked for, and little enough that the allocator
+#: has the memory at hand.
+_BATCH_CHUNKS: Final = 8
 FIRST_DIGEST: Final = bytes(DIGEST_BYTES)  # what the very first segment of a machine names as the one before
 
 
@@ -132,9 +136,10 @@ def seal_chunks(
     key_id: int = 1,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     out: memoryview | None = None,
+    choose: Callable[[Sequence[memoryview]], Sequence[bool]] | None = None,
 ) -> SealedChunks:
     """Compress and seal the chunks of a run of frames: the heavy half of sealing, free of the chain, so several
-    segments can be at it at once (zstd and AES-GCM release the interpreter's lock, zstd once for all chunks).
+    segments can be at it at once (zstd and AES-GCM release the interpreter's lock, zstd once for many chunks).
 
     Copies: each byte is read once by zstd into a new buffer and written once by AES-GCM into its final place.
 
@@ -143,6 +148,7 @@ def seal_chunks(
         salt: 32 fresh random bytes; never used for another segment.
         compressor: None stores chunks as they are.
         out: writable, MAX_SEGMENT_BYTES long, owned by the segment until it is uploaded; None takes fresh memory.
+        choose: says of every chunk whether to try and compress it; None tries all.
 
     Raises:
         LimitError: when the run is larger than a segment may be.
@@ -156,11 +162,11 @@ def seal_chunks(
         out = memoryview(bytearray(MAX_SEGMENT_BYTES))
     sealed = SealedChunks(position, raw, cipher.segment_key(data_key, salt, position), key_id, salt, chunk_bytes, out)
     chunks = [raw[start : start + chunk_bytes] for start in range(0, len(raw), chunk_bytes)]
-    packed: Any = compressor.multi_compress_to_buffer([*chunks], threads=1) if compressor is not None else None
+    packed = _compressed(chunks, compressor, choose)
     place = HEADER_BYTES
     for index, chunk in enumerate(chunks):
         codec, body = CODEC_NONE, chunk
-        if packed is not None and len(packed[index]) < len(chunk):
+        if index in packed and len(packed[index]) < len(chunk):
             codec, body = CODEC_ZSTD, memoryview(packed[index])
         end = place + len(body) + TAG_BYTES
         associated = cipher.chunk_data(position, index, len(chunk), codec)
@@ -169,6 +175,24 @@ def seal_chunks(
         place = end
     sealed.data_bytes = place - HEADER_BYTES
     return sealed
+
+
+def _compressed(
+    chunks: Sequence[memoryview],
+    compressor: zstandard.ZstdCompressor | None,
+    choose: Callable[[Sequence[memoryview]], Sequence[bool]] | None,
+) -> dict[int, Any]:
+    """What zstd makes of the chunks that are to be tried, by their index."""
+    if compressor is None:
+        return {}
+    tried = choose(chunks) if choose is not None else [True] * len(chunks)
+    indices = [index for index, is_tried in enumerate(tried) if is_tried]
+    packed: dict[int, Any] = {}
+    for start in range(0, len(indices), _BATCH_CHUNKS):
+        batch = indices[start : start + _BATCH_CHUNKS]
+        made = compressor.multi_compress_to_buffer([chunks[index] for index in batch], threads=1)
+        packed |= {index: made[row] for row, index in enumerate(batch)}
+    return packed
 
 
 def add_table(sealed: SealedChunks, frames: Sequence[tuple[int, Frame]]) -> None:

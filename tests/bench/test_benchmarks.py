@@ -68,8 +68,16 @@ def test_the_datapath_moves_everything_into_the_sink_and_is_compared_with_the_li
 def test_without_a_name_they_are_listed_one_line_each() -> None:
     done = _bench()
     assert done.returncode == 0
-    names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert names == ["limit", "datapath", "capture", "churn", "fleet", "seed", "recovery"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "limit",
+        "datapath",
+        "capture",
+        "churn",
+        "fleet",
+        "seed",
+        "recovery",
+        "simulator",
+    ]
 
 
 def test_without_json_there_is_a_table_for_people(tmp_path: Path) -> None:

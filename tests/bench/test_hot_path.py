@@ -12,6 +12,7 @@ import pytest
 import zstandard
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from process_server.intake import Accept, Intake
 from replicar.formats import frame, segment
 from replicar.formats.frame import Kind
 from replicar.formats.segment import Position
@@ -63,3 +64,38 @@ def test_compress_and_encrypt_a_segment(benchmark: BenchmarkFixture) -> None:
         return segment.seal_chunks(memoryview(run), where, bytes(32), bytes(32), compressor, out=out)
 
     assert benchmark(seal).data_bytes < len(run)
+
+
+def test_take_in_a_run_of_frames(benchmark: BenchmarkFixture) -> None:
+    """Sixty frames of 64 KiB, as `bench datapath` sends them: what receiving costs besides TLS."""
+    few = WRITES // 4
+    table, payload = _table()[: few * frame.DESCRIPTOR_BYTES], _payload()[: few * WRITE_BYTES]
+    frames = [frame.build_frame(MACHINE, 1 + n * few, table, payload) for n in range(60)]
+    run = memoryview(b"".join(frames))
+
+    def take_in() -> int:
+        intake, at, taken = Intake(MACHINE, 1), 0, 0
+        while at < len(run):
+            step = intake.step(run, at)
+            if isinstance(step, Accept):
+                at, taken = at + step.header.frame_bytes, taken + 1
+        return taken
+
+    assert benchmark(take_in) == 60
+
+
+def test_give_a_segment_its_table_and_its_place_in_the_chain(benchmark: BenchmarkFixture) -> None:
+    run = b"".join(frame.build_frame(MACHINE, 1 + n * WRITES, _table(), _payload()) for n in range(12))
+    where = Position(MACHINE, 1, 1, 1, 1, 12 * WRITES)
+    frames = list(frame.frames_in(run))
+    compressor = zstandard.ZstdCompressor(level=1)
+
+    def sealed() -> tuple[tuple[segment.SealedChunks], dict[str, object]]:
+        return (segment.seal_chunks(memoryview(run), where, bytes(32), bytes(32), compressor),), {}
+
+    def finish(chunks: segment.SealedChunks) -> int:
+        data, _ = segment.finish(chunks, frames, segment.FIRST_DIGEST)
+        return len(data)
+
+    rounds = benchmark.pedantic(finish, setup=sealed, rounds=20)  # type: ignore[no-untyped-call]
+    assert rounds < segment.MAX_SEGMENT_BYTES

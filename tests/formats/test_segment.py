@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -33,12 +34,15 @@ def _seal(
     chunk_bytes: int = 4096,
     level: int | None = 1,
     run: int = 1,
+    choose: Callable[[Sequence[memoryview]], Sequence[bool]] | None = None,
 ) -> tuple[bytes, bytes]:
     raw = b"".join(frames)
     items = list(frame.frames_in(raw))
     position = _position(items, number, run)
     compressor = zstandard.ZstdCompressor(level=level) if level is not None else None
-    chunks = segment.seal_chunks(memoryview(raw), position, KEY, salt, compressor, chunk_bytes=chunk_bytes)
+    chunks = segment.seal_chunks(
+        memoryview(raw), position, KEY, salt, compressor, chunk_bytes=chunk_bytes, choose=choose
+    )
     data, digest = segment.finish(chunks, items, previous)
     return bytes(data), digest
 
@@ -75,14 +79,28 @@ def _writes(count: int, first: int = 1, payload: bytes = b"") -> bytes:
     salt=st.binary(min_size=32, max_size=32),
     chunk_bytes=st.sampled_from([4096, 5000, 1 << 17, 4 << 20]),
     level=st.sampled_from([None, -3, 1]),
+    tried=st.lists(st.booleans(), min_size=1, max_size=3),
 )
 def test_a_segment_opens_to_what_was_sealed(
-    frames: list[bytes], number: int, previous: bytes, salt: bytes, chunk_bytes: int, level: int | None
+    frames: list[bytes],
+    number: int,
+    previous: bytes,
+    salt: bytes,
+    chunk_bytes: int,
+    level: int | None,
+    tried: list[bool],
 ) -> None:
-    data, digest = _seal(frames, number=number, previous=previous, salt=salt, chunk_bytes=chunk_bytes, level=level)
+    def choose(chunks: Sequence[memoryview]) -> list[bool]:
+        return [tried[index % len(tried)] for index in range(len(chunks))]
+
+    data, digest = _seal(
+        frames, number=number, previous=previous, salt=salt, chunk_bytes=chunk_bytes, level=level, choose=choose
+    )
     assert len(data) % segment.ALIGNMENT == 0
     table, run = _open(data)
     assert run == b"".join(frames)
+    codecs = table.chunks["codec"].tolist()
+    assert not any(codec for index, codec in enumerate(codecs) if not tried[index % len(tried)])
     assert (table.digest, table.header.previous, table.header.position.number) == (digest, previous, number)
     items = list(frame.frames_in(run))
     assert table.frame_headers == tuple(item.header for _, item in items)
