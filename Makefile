@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types pytest bench soak nightly archive clean
+.PHONY: help setup demo test lint format types pytest bench soak nightly simulate fuzz archive clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -46,8 +46,14 @@ bench: setup ## the benchmarks, one JSON object each
 soak: setup ## the long tests
 	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600
 
-nightly: setup ## 200 deaths of the process server
-	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600 tests/process_server/faults
+simulate: setup ## the parts under virtual time and faults (SEEDS=1000 FIRST_SEED=0)
+	$(BIN)/python -m simulator.seeds --seeds $(or $(SEEDS),1000) --first-seed $(or $(FIRST_SEED),0)
+
+fuzz: setup ## every parser under coverage-guided fuzzing (RUNS=100000)
+	$(BIN)/python -m tests.fuzzing --runs $(or $(RUNS),100000)
+
+nightly: setup ## half an hour of bursts, and 200 deaths of the process server
+	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600 tests/end_to_end/test_soak.py tests/process_server/faults
 
 archive: setup ## the agent in one file, for machines with Python only (dist/)
 	@$(BIN)/python setup/agent_archive.py

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench import capture, churn, datapath, fleet, limit, recovery, seed
+from bench import capture, churn, datapath, fleet, limit, recovery, seed, simulator
 from bench.report import Report, show
 from replicar.errors import ReplicarError
 
@@ -58,6 +58,11 @@ def _churn_options(parser: argparse.ArgumentParser) -> None:
         help="for each higher rate; 0 tries none (%(default)s)",
     )
     parser.add_argument("--disk-mib", type=int, default=churn.DEFAULT_DISK_MIB, help="MiB of the disk (%(default)s)")
+
+
+def _simulator_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, default=simulator.DEFAULT_SEEDS, help="stories (%(default)s)")
+    parser.add_argument("--tries", type=int, default=simulator.DEFAULT_TRIES, help="for a planted bug (%(default)s)")
 
 
 def _fleet_options(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +118,11 @@ BENCHMARKS: Final = {
         "how soon any point of a large disk can be read, and how fast a disk comes back, beside the raw steps",
         recovery.options,
         recovery.run,
+    ),
+    "simulator": Benchmark(
+        "stories a second of the simulation, on one core, and how many planted bugs it finds",
+        _simulator_options,
+        simulator.measure,
     ),
 }
 

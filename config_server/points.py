@@ -26,6 +26,7 @@ from typing import Final
 from replicar.control.identity import INCARNATION_SHIFT
 from replicar.control.messages import AgentHeartbeat, Command, CommandRefusal, GapReport, MarkReport, MarkRequest, Point
 from replicar.errors import ConflictError, LimitError, PermanentError
+from replicar.formats.frame import ANEW_STEP
 from replicar.formats.record import Consistency
 
 #: A mark every five minutes for a year.
@@ -70,8 +71,12 @@ def record_marks(
 
 
 def record_stored(connection: sqlite3.Connection, machine_id: uuid.UUID, stored_sequence: int) -> None:
-    """Everything of this incarnation up to `stored_sequence` is in storage."""
-    begin = stored_sequence >> INCARNATION_SHIFT << INCARNATION_SHIFT
+    """Everything up to `stored_sequence` is in storage, from where the stream last began anew.
+
+    What a change log had lost before, and a mark in it, never got there; nobody can tell that from what just was not
+    reported in time, so neither is offered here. (The log itself knows.)
+    """
+    begin = stored_sequence // ANEW_STEP * ANEW_STEP
     connection.execute(
         "UPDATE marks SET stored = 1 WHERE machine_id = ? AND stored = 0 AND sequence BETWEEN ? AND ?",
         (str(machine_id), begin, stored_sequence),

@@ -129,6 +129,8 @@ class Sender:
         self._failures = 0
         self._position = log.first_sequence
         self._received = 0
+        # What a log lost is not in it and not stored either, so such a log's beginning says nothing.
+        self._stored = log.stored_sequence if log.survived else 0
         self._welcomed: asyncio.Future[wire.Welcome] | None = None
         self._resends = 0
         self._due = 0.0
@@ -138,7 +140,7 @@ class Sender:
     @property
     def status(self) -> SenderStatus:
         server = connection.address(self._assignment) if self._assignment is not None else ""
-        stored = self._log.stored_sequence
+        stored = self._stored
         received = max(self._received, stored)
         return SenderStatus(self._state, server, self._error, self._position, received, stored)
 
@@ -289,6 +291,7 @@ class Sender:
             if received > self._received:
                 self._failures = 0
             self._received = received
+        self._stored = max(self._stored, stored)
         if stored > self._log.stored_sequence:
             self._log.trim(stored)
             self._metrics.stored(stored, self._clock.now_ns())

@@ -121,6 +121,8 @@ async def stream_of(store: PageBlobStore, machine_id: uuid.UUID, keys: dict[int,
                     mark = record.read_mark(bytes(item.payload[place : place + length]))
                     found.marks.setdefault(mark.name, (sequence, in_gap))
                 elif not in_gap:
+                    if flags & Flag.SEED:
+                        found.problems.append(f"sequence {sequence} is a background copy outside of gaps")
                     found.sequences.append(sequence)
     found.last = following - 1
     return found
@@ -220,7 +222,7 @@ async def _judge_catalogue(stage: Stage, stream: Stream) -> None:
         stage.violated(f"the catalogue does not answer: {process.error}")
         return
     for point in found[0].points:
-        if not point.stored:
+        if not point.stored or point.sequence > stream.last:  # made since the log was read
             continue
         sequence, in_gap = stream.marks.get(point.name, (0, True))
         if sequence != point.sequence:

@@ -69,7 +69,7 @@ class Summary:
 def tell(seed: int, *, bug: str | None = None) -> Outcome:
     """One seed's story; with `bug`, of a product that has it planted."""
     with planted(bug):
-        return simulate(story_of(seed))
+        return simulate(story_of(seed) if bug is None else PLANTED[bug].story(seed))
 
 
 def run(seeds: Sequence[int], *, workers: int = 1, bug: str | None = None) -> Iterator[Outcome]:
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one(options: argparse.Namespace) -> int:
-    story = story_of(options.seed)
+    story = story_of(options.seed) if options.plant is None else PLANTED[options.plant].story(options.seed)
     with planted(options.plant):
         outcome = simulate(story)
         if options.shrink and outcome.violations:

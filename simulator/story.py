@@ -59,15 +59,18 @@ class Story:
         return "\n".join(lines)
 
 
-def story_of(seed: int, *, kinds: tuple[str, ...] | None = None) -> Story:
+def story_of(seed: int, *, kinds: tuple[str, ...] | None = None, workload: Workload | None = None) -> Story:
     """The story of a seed.
 
     Args:
         kinds: of faults, instead of all.
+        workload: of every disk, instead of what the seed would choose.
     """
     draw = random.Random(f"{seed} story")
     names = ("root", "data")[: draw.choice((1, 1, 1, 2))]
     disks = tuple(_disk(name, draw) for name in names)
+    if workload is not None:
+        disks = tuple(replace(disk, workload=workload) for disk in disks)
     agent = AgentPlan(
         disks=names,
         journal_files=draw.choice((2, 2, 3, 4)),
@@ -91,7 +94,7 @@ def _disk(name: str, draw: random.Random) -> DiskPlan:
     size = draw.choice((256, 512, 1024, 2048)) * _KIB + draw.choice((0, 0, 512, 20 * _KIB))
     workload = Workload(
         kind=draw.choice(tuple(Kind)),
-        rate=draw.choice((0.5, 1.5, 4.0)),
+        rate=draw.choice((0.5, 0.5, 1.5, 1.5, 4.0, 10.0)),  # the last one fills a change log when nothing goes out
         flush_share=draw.choice((0.0, 0.05, 0.3)),
         trim_share=draw.choice((0.0, 0.03, 0.1)),
     )

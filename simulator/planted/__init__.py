@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from simulator.planted import agent, recovery, server
+from simulator.story import Story, story_of
+from simulator.workloads import Kind, Workload
 from simulator.world.replaced import replaced
 
 Names = tuple[tuple[Any, str, Any], ...]
@@ -28,31 +30,37 @@ class Bug:
     what: str
     names: Callable[[], Names]
     faults: tuple[str, ...]
+    workload: Workload | None = None
+
+    def story(self, seed: int) -> Story:
+        """A story in which it has occasion to show."""
+        return story_of(seed, kinds=self.faults, workload=self.workload)
 
 
-def _bug(names: Callable[[], Names], *faults: str) -> Bug:
-    return Bug((names.__doc__ or "").strip().splitlines()[0], names, faults)
+#: More than a change log holds, while nothing goes out.
+_HEAVY: Final = Workload(Kind.SEQUENTIAL, rate=8.0)
+#: Nothing is made durable but by the kernel, as it likes.
+_LAZY: Final = Workload(Kind.UNIFORM, rate=3.0, flush_share=0.0)
+
+
+def _bug(names: Callable[[], Names], *faults: str, workload: Workload | None = None) -> Bug:
+    return Bug((names.__doc__ or "").strip().splitlines()[0], names, faults, workload)
 
 
 PLANTED: Final[Mapping[str, Bug]] = {
     "trims_on_received": _bug(agent.trims_on_received, "server_killed", "storage_away"),
     "flush_leaves_the_disk": _bug(agent.flush_leaves_the_disk, "machine_power"),
-    "touched_is_not_recorded": _bug(agent.touched_is_not_recorded, "machine_power"),
-    "dirty_is_not_noted": _bug(agent.dirty_is_not_noted, "agent_disk_full", "agent_killed"),
+    "dirty_is_not_noted": _bug(agent.dirty_is_not_noted, "storage_away", "link_cut", workload=_HEAVY),
     "clean_before_it_is_copied": _bug(agent.clean_before_it_is_copied, "write_errors", "machine_power"),
-    "gap_is_not_said": _bug(agent.gap_is_not_said, "write_errors", "machine_power", "agent_disk_full"),
+    "gap_is_not_said": _bug(agent.gap_is_not_said, "storage_away", "link_cut", workload=_HEAVY),
     "gap_ends_early": _bug(agent.gap_ends_early, "write_errors", "machine_power"),
     "last_write_is_not_redone": _bug(agent.last_write_is_not_redone, "agent_killed"),
     "numbers_come_twice": _bug(agent.numbers_come_twice, "machine_power"),
     "digests_are_kept": _bug(agent.digests_are_kept, "machine_power", "write_errors"),
-    "copies_race_with_writes": _bug(agent.copies_race_with_writes, "write_errors", "machine_power", "slow_disks"),
-    "frames_are_not_checked": _bug(server.frames_are_not_checked, "log_damaged", "link_cut"),
-    "cache_is_believed": _bug(
-        server.cache_is_believed, "cache_damaged", "cache_misdirected", "server_killed", "storage_away"
-    ),
     "stored_out_of_order": _bug(server.stored_out_of_order, "late_writes", "storage_fails", "storage_throttles"),
-    "lease_is_forgotten": _bug(server.lease_is_forgotten, "takeover", "storage_away", "late_writes"),
+    "lease_is_forgotten": _bug(server.lease_is_forgotten, "takeover", "late_writes", "server_killed", workload=_LAZY),
     "frames_lost_at_takeover": _bug(server.frames_lost_at_takeover, "takeover", "storage_away"),
+    "fenced_by_nobody": _bug(server.fenced_by_nobody, "leases_lost"),
     "salt_is_used_again": _bug(server.salt_is_used_again, "server_killed"),
     "place_is_used_again": _bug(server.place_is_used_again, "server_killed"),
     "points_in_gaps": _bug(recovery.points_in_gaps, "machine_power", "write_errors"),

@@ -11,7 +11,6 @@ from mobility_agent.ladder import Ladder
 from mobility_agent.logstate import LogState
 from mobility_agent.seeding import Seeder
 from mobility_agent.sender import Sender
-from mobility_agent.touched import TouchedRegions
 from replicar.formats import record
 from replicar.formats.frame import Flag, Kind
 
@@ -36,15 +35,6 @@ def flush_leaves_the_disk() -> Names:
         return 0
 
     return ((InlineCapture, "_flush", flush),)
-
-
-def touched_is_not_recorded() -> Names:
-    """A region is written without being recorded as touched."""
-
-    def covers(self: TouchedRegions, offset: int, length: int) -> bool:
-        return True
-
-    return ((TouchedRegions, "covers", covers),)
 
 
 def dirty_is_not_noted() -> Names:
@@ -127,12 +117,3 @@ def digests_are_kept() -> Names:
         """They stay."""
 
     return ((Digests, "observe", observe),)
-
-
-def copies_race_with_writes() -> Names:
-    """A background copy does not notice that what it read was written meanwhile."""
-
-    def touched(self: Disk, offset: int, length: int) -> None:
-        """Nobody is told."""
-
-    return ((Disk, "touched", touched),)

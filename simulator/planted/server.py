@@ -8,38 +8,11 @@ from process_server import intake, machine
 from process_server.logwriter import LogWriter, Place
 from process_server.sealer import Sealer
 from process_server.stream import Segment, Slot, Stream
-from replicar.formats import frame
-from replicar.formats.frame import Frame, FrameHeader
+from replicar.formats.frame import FrameHeader
 from replicar.formats.wire import Hello, Welcome
 from simulator.world.blobs import BlobClient
 
 Names = tuple[tuple[Any, str, Any], ...]
-
-
-class _Unchecked:
-    """The frame format without the payload's checksum."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(frame, name)
-
-    @staticmethod
-    def read_body(header: FrameHeader, data: Any, offset: int = 0) -> Frame:
-        return Frame(header, memoryview(data)[offset : offset + header.frame_bytes])
-
-
-def frames_are_not_checked() -> Names:
-    """A frame is taken in without its checksum being looked at."""
-    return ((intake, "frame", _Unchecked()),)
-
-
-def cache_is_believed() -> Names:
-    """What was read back from the cache is sealed as it is."""
-    seal = Sealer.seal
-
-    def trusting(self: Sealer, *args: Any, verify: bool) -> Any:
-        return seal(self, *args, verify=False)
-
-    return ((Sealer, "seal", trusting),)
 
 
 def stored_out_of_order() -> Names:
@@ -76,6 +49,11 @@ def frames_lost_at_takeover() -> Names:
         return header.first_sequence > next_sequence
 
     return ((machine, "admit", admit), (intake, "may_jump", may_jump))
+
+
+def fenced_by_nobody() -> Names:
+    """A lease that somebody broke by hand ends replication, as if there were a newer writer. (It did so once.)"""
+    return ((machine, "lease_lost", lambda error: error),)
 
 
 def salt_is_used_again() -> Names:

@@ -96,15 +96,22 @@ class Application:
             # What was due while nobody answered is not made up for.
             self._behind = max(self._behind, self._clock.monotonic() - due - MAX_BEHIND_SECONDS)
             await asyncio.sleep(max(self._behind + due - self._clock.monotonic(), 0.0))
+            if self._has_ended():  # while it slept
+                break
             if not client.connected:
                 raise TransientError("the connection broke")
             while len(self._waiting) >= IN_FLIGHT:
                 await asyncio.wait(list(self._waiting), return_when=asyncio.FIRST_COMPLETED)
             await self._place(found)
+            if self._has_ended():
+                break
             task = asyncio.get_running_loop().create_task(self._do(client, found))
             self._waiting[task] = None
             task.add_done_callback(lambda done: self._waiting.pop(done, None))
         await self._settle()
+
+    def _has_ended(self) -> bool:
+        return not self.is_writing
 
     async def _place(self, operation: Operation) -> None:
         """Wait until nothing is in flight where it goes."""

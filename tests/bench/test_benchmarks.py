@@ -75,6 +75,8 @@ def test_without_a_name_they_are_listed_one_line_each() -> None:
         "churn",
         "fleet",
         "seed",
+        "recovery",
+        "simulator",
     ]
 
 
