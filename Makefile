@@ -52,8 +52,8 @@ simulate: setup ## the parts under virtual time and faults (SEEDS=1000 FIRST_SEE
 fuzz: setup ## every parser under coverage-guided fuzzing (RUNS=100000)
 	$(BIN)/python -m tests.fuzzing --runs $(or $(RUNS),100000)
 
-nightly: setup ## 200 deaths of the process server
-	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600 tests/process_server/faults
+nightly: setup ## half an hour of bursts, and 200 deaths of the process server
+	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600 tests/end_to_end/test_soak.py tests/process_server/faults
 
 archive: setup ## the agent in one file, for machines with Python only (dist/)
 	@$(BIN)/python setup/agent_archive.py

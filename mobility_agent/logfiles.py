@@ -25,6 +25,8 @@ _MAPPED_SPARES: Final = 4
 #: What `take` returns at most, unless one frame alone is more.
 TAKE_BYTES: Final = 1 << 20
 
+_PREFIX: Final = "changes-"
+
 _log = logging.getLogger(__name__)
 
 
@@ -92,7 +94,8 @@ class LogFiles:
         """Open what is in the directory.
 
         A file without a sound header is set aside, a frame that is damaged is passed over; it is for the caller to see
-        that the disks are compared.
+        that the disks are compared. A file's name says what its first sequence is, also where the power was cut before
+        its header was durable: then the file is empty, or still has what an earlier use left there, header and all.
 
         Raises:
             ConflictError: a file is another machine's.
@@ -102,12 +105,16 @@ class LogFiles:
                 path.unlink()
         damaged_from: int | None = None
         for path in sorted(self._directory.glob("*.hrl")):
+            named = _first_of(path)
             try:
                 file, found = LogFile.open(path, trust_staging=trust_staging)
+                if named and file.first_sequence != named:
+                    file.close()
+                    raise CorruptionError("its header is that of an earlier use")
             except CorruptionError as error:
                 _log.error("the change log %s is set aside: %s", path, error.message)
                 os.replace(path, path.with_suffix(".damaged"))
-                damaged_from = 0  # nobody knows what it held
+                damaged_from = named if damaged_from is None else min(named, damaged_from)
                 continue
             if file.header.machine_id != self._machine_id:
                 raise ConflictError(
@@ -151,7 +158,7 @@ class LogFiles:
             # A log that begins anew does so in a file of its own, even behind a full log: it has to say so.
             if len(self._files) >= self._max_files + (not follows):
                 return False
-        path = self._directory / f"changes-{next_sequence:016x}.hrl"
+        path = self._directory / f"{_PREFIX}{next_sequence:016x}.hrl"
         mapping = None
         if self._spares:
             spare, mapping = self._spares[-1]
@@ -204,4 +211,12 @@ class LogFiles:
                 last = file.frames_from(file.next_sequence - 1, 0)
                 found = frame.read_frame(last) if last is not None else None
                 return int(found.table["time_ns"][-1]) if found is not None else 0
+        return 0
+
+
+def _first_of(path: Path) -> int:
+    """The first sequence of a file, by its name; 0, before any, where that does not say."""
+    try:
+        return int(path.stem.removeprefix(_PREFIX), 16)
+    except ValueError:
         return 0

@@ -111,13 +111,19 @@ class TouchedRegions:
     async def retire(self) -> None:
         """Log and disk are durable as of `begin_round`: forget what was not written since.
 
-        The forgetting itself need not be durable: a region too many costs a comparison.
+        Nothing rests on the forgetting being durable, but what a power cut costs does: a region too many is sent again.
+
+        Raises:
+            OSError: it could not be made durable.
         """
         async with self._lock:
-            for index in np.flatnonzero(np.frombuffer(self._recorded, np.uint8)).tolist():
-                if not self._active[index]:
-                    self._recorded[index] = 0
-                    self._file[_PAGE + index] = 0
+            recorded, active = np.frombuffer(self._recorded, np.uint8), np.frombuffer(self._active, np.uint8)
+            settled = np.flatnonzero((recorded != 0) & (active == 0)).tolist()
+            for index in settled:
+                self._recorded[index] = 0
+                self._file[_PAGE + index] = 0
+            if settled:
+                await asyncio.to_thread(os.fdatasync, self._fd)
 
     def ranges(self) -> list[tuple[int, int]]:
         """The recorded regions as (offset, length), neighbours joined."""

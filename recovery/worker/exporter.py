@@ -83,6 +83,8 @@ async def serve(directory: Path) -> None:
             files = WholeFiles({disk.name: directory / raw_name(disk.name) for disk in disks})
             stack.callback(files.close)
             point = files
+            pinning = asyncio.create_task(_keep_point(note))
+            stack.push_async_callback(_ended, pinning)
         else:
             point = await _from_log(note, stack)
         now_ns = SystemClock().now_ns()
@@ -109,10 +111,26 @@ async def _from_log(note: Exported, stack: AsyncExitStack) -> View:
     control = await stack.enter_async_context(ControlClient(identity, address=settings.config_server))
     while True:
         try:
-            return await open_view(control, store, note.machine, AtSequence(note.sequence))
+            return await open_view(control, store, note.machine, AtSequence(note.sequence), pinned=stack)
         except TransientError as error:
             _log.warning("%s; trying again", error)
             await asyncio.sleep(RETRY_SECONDS)
+
+
+async def _keep_point(note: Exported) -> None:
+    """Pin the point as long as the machine runs, though its disks need the log no more: the way home does."""
+    async with AsyncExitStack() as stack:
+        try:
+            await _from_log(note, stack)
+        except ReplicarError as error:
+            _log.warning("the point can't be kept; a failback will have to compare bytes: %s", error)
+            return
+        await asyncio.Event().wait()
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def main() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import AsyncExitStack
+
 from recovery.chunks import ChunkSource, MachineLog
+from recovery.pins import holding
 from recovery.points import AtSequence, Instant, Latest, Named, Request, locate
 from recovery.view import View
+from replicar.clock import SystemClock
 from replicar.control.client import ControlClient
 from replicar.control.keys import data_keys
 from replicar.control.messages import PointChoice, PointKind
@@ -13,8 +18,18 @@ from replicar.formats.record import Consistency
 from replicar.storage.store import PageBlobStore
 
 
-async def open_view(control: ControlClient, store: PageBlobStore, machine: str, request: Request) -> View:
+async def open_view(
+    control: ControlClient,
+    store: PageBlobStore,
+    machine: str,
+    request: Request,
+    *,
+    pinned: AsyncExitStack | None = None,
+) -> View:
     """A view of the point that is asked for.
+
+    Args:
+        pinned: until it ends, retention leaves the point alone.
 
     Raises:
         PermanentError: no such point, or one that is not offered; no such machine.
@@ -32,6 +47,8 @@ async def open_view(control: ControlClient, store: PageBlobStore, machine: str, 
         quiet=key.quiet,
         source=source,
     )
+    if pinned is not None:
+        await pinned.enter_async_context(holding(log, state, clock=SystemClock(), random=os.urandom))
     return View(log, state, source=source)
 
 

@@ -126,6 +126,7 @@ async def test_a_hundred_journals_are_written_while_the_server_is_away(tmp_path:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 async def test_without_the_server_no_write_waits_longer_than_twice_the_usual(tmp_path: Path) -> None:
     draw, usual, away = random.Random(32), [], []
     settings = {"journal_bytes": JOURNAL_BYTES, "journal_file_bytes": 4 * MIB, "audit_bytes_per_second": 0}

@@ -48,6 +48,8 @@ async def _write_until_killed(directory: Path, seconds: float, seed: int) -> tup
 
     client = await NbdClient.connect(directory / "nbd")
     lanes = [asyncio.create_task(write(client, lane)) for lane in range(4)]
+    while not acknowledged:  # a busy machine may take its time for the first one
+        await asyncio.sleep(0.001)
     await asyncio.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     await process.wait()

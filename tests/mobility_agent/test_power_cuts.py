@@ -7,6 +7,8 @@ has forgotten with the power.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
 import random
 from pathlib import Path
 
@@ -24,6 +26,9 @@ from tests.mobility_agent.core import MIB, Core, agent_core, frames_of, replay
 from tests.mobility_agent.power import Power
 
 DISK_BYTES = 4 * REGION_BYTES
+_PUNCH_HOLE = 3  # and keep the size
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 FILLED = 3 * MIB
 
 
@@ -48,20 +53,44 @@ async def _write(core: Core, draw: random.Random, count: int) -> None:
                 await client.trim(region + draw.randrange(0, MIB, 4096), 8192)
 
 
-async def _life_and_death(directory: Path, patch: pytest.MonkeyPatch, seed: int) -> None:
+async def _write_file(core: Core, file: Path, draw: random.Random, count: int) -> None:
+    """The same by way of the file that the disk is shown as."""
+
+    def write() -> None:
+        fd = os.open(file, os.O_RDWR)
+        try:
+            for _ in range(count):
+                region = draw.choice((0, 2)) * REGION_BYTES
+                length = draw.choice((512, 4096, 65536))
+                os.pwrite(fd, draw.randbytes(length), region + draw.randrange(0, 2 * MIB, 512))
+                if draw.random() < 0.05:
+                    os.fsync(fd)
+                if draw.random() < 0.05:
+                    assert _libc.fallocate(fd, _PUNCH_HOLE, region + draw.randrange(0, MIB, 4096), 8192) == 0
+        finally:
+            os.close(fd)
+
+    await asyncio.to_thread(write)
+
+
+async def _life_and_death(directory: Path, patch: pytest.MonkeyPatch, seed: int, *, file: Path | None = None) -> None:
     draw = random.Random(seed)
+
+    async def write(core: Core, count: int) -> None:
+        await (_write(core, draw, count) if file is None else _write_file(core, file, draw, count))
+
     before, after = directory / "before", directory / "after"
     before.mkdir()
     (before / "disk.img").write_bytes(draw.randbytes(FILLED).ljust(DISK_BYTES, b"\0"))
     with patch.context() as patched:
         power = Power(before, patched)
-        async with agent_core(before, limit_bytes=64 * MIB) as core:
+        async with agent_core(before, limit_bytes=64 * MIB, file=file) as core:
             await _seed_all(core)
-            await _write(core, draw, 30)
+            await write(core, 30)
             settled = draw.random() < 0.8
             if settled:
                 await Checkpointer(core.ladder, SystemClock()).checkpoint()
-            await _write(core, draw, draw.randrange(1, 60))
+            await write(core, draw.randrange(1, 60))
             core.log.seal()
             sealed = frames_of(core.log)
             received = sealed[: draw.randrange(len(sealed) // 2, len(sealed) + 1)]
@@ -92,6 +121,55 @@ async def test_after_a_power_cut_the_replica_ends_equal_to_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     await _life_and_death(tmp_path, monkeypatch, seed)
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize("seed", range(3))
+async def test_after_a_power_cut_under_the_users_of_a_file_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    await _life_and_death(tmp_path, monkeypatch, seed, file=tmp_path / "shown" / "disk")
+
+
+async def test_initial_replication_goes_on_where_a_checkpoint_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(7)
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    content = b"".join(
+        draw.randbytes(4 * MIB) + bytes(REGION_BYTES - 4 * MIB) for _ in range(DISK_BYTES // REGION_BYTES)
+    )
+    (before / "disk.img").write_bytes(content)
+    with monkeypatch.context() as patched:
+        power = Power(before, patched)
+        async with agent_core(before, limit_bytes=64 * MIB) as core:
+            seeding = asyncio.create_task(core.seeder.run())
+            while core.ladder.dirty_bytes > 2 * REGION_BYTES:
+                await asyncio.sleep(0.001)
+            seeding.cancel()
+            await asyncio.gather(seeding, return_exceptions=True)
+            for _ in range(2):  # what the first one's round was about goes with the second
+                await Checkpointer(core.ladder, SystemClock()).checkpoint()
+            left = core.ladder.dirty_bytes
+            received = frames_of(core.log)
+            power.cut(after, draw)
+    async with agent_core(after, limit_bytes=64 * MIB, boot_id=b"after the cut".ljust(16)) as core:
+        assert core.log.past is Past.TOUCHED
+        await _seed_all(core)
+        assert core.seeder.copied_bytes + core.seeder.equal_bytes <= left
+        wanted = received[-1].header.next_sequence
+        resent = frames_of(core.log, wanted)
+        assert replay(resent, DISK_BYTES, base=replay(received, DISK_BYTES)) == content
+
+
+@pytest.mark.soak
+@pytest.mark.needs_root
+@pytest.mark.parametrize("seed", range(3000, 3050))
+async def test_fifty_power_cuts_under_the_users_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    await _life_and_death(tmp_path, monkeypatch, seed, file=tmp_path / "shown" / "disk")
 
 
 @pytest.mark.soak
