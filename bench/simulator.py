@@ -7,6 +7,7 @@ it includes judging it, recovery of points and all.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Final
 
 from bench.report import Report
@@ -18,8 +19,8 @@ DEFAULT_SEEDS: Final = 40
 DEFAULT_TRIES: Final = 12
 
 
-def measure(*, seeds: int = DEFAULT_SEEDS, tries: int = DEFAULT_TRIES) -> Report:
-    """Tell stories, then plant bugs."""
+def measure(*, seeds: int = DEFAULT_SEEDS, tries: int = DEFAULT_TRIES, directory: Path | None = None) -> Report:
+    """Tell stories, then plant bugs; a story's files are in memory, whatever `directory` says."""
     next(run([0]))  # what is made once is made
     summary, began = Summary(), time.monotonic()
     for outcome in run(range(seeds)):

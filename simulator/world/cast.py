@@ -6,6 +6,7 @@ OpenSSL draws by itself, the private keys, differs from run to run; nobody sees 
 
 from __future__ import annotations
 
+import atexit
 import random
 import shutil
 import tempfile
@@ -46,6 +47,7 @@ class Who:
 def template() -> Path:
     """A directory with the vault (`vault`) and everybody's identity (by name)."""
     place = Path(tempfile.mkdtemp(prefix="replicar-cast-", dir=memory_directory()))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
     loop = VirtualLoop(random.Random(0))
     try:
         machine = Machine("cast", place, FileSystem(place, random.Random(0)))
