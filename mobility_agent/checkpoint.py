@@ -61,7 +61,7 @@ class Checkpointer:
             if not disk.is_served:
                 continue  # what others write to it is theirs to make durable
             try:
-                await asyncio.to_thread(disk.flush)
+                await asyncio.to_thread(disk.settle)
             except OSError:
                 # The kernel may have dropped pages it could not write, so any of the disk may differ from the stream.
                 ladder.distrust(disk.index, 0, disk.size_bytes)

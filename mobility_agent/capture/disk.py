@@ -70,6 +70,7 @@ class Disk:
         self.watch_start = self.watch_end = 0
         self._watches: list[Watch] = []
         self._direct_fd: int | None = None
+        self._owed = 0
         try:
             # Somebody who only reads may share a disk, even one that is mounted.
             exclusive = os.O_EXCL if self.is_served and path.is_block_device() else 0
@@ -161,7 +162,24 @@ class Disk:
             offset += len(piece)
 
     def flush(self) -> None:
+        """What was written is durable when this returns.
+
+        Raises:
+            OSError: it may not be. The kernel says so once and forgets what it could not write; so what a `settle`
+                since the last flush was told counts here too.
+        """
         os.fdatasync(self.fd)
+        if self._owed:
+            code, self._owed = self._owed, 0
+            raise OSError(code, os.strerror(code))
+
+    def settle(self) -> None:
+        """A flush that nobody asked for. One that fails is owed to whoever asks for the next; raises OSError likewise."""
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self._owed = error.errno or errno.EIO
+            raise
 
     def grown_bytes(self) -> int:
         """By how much it is larger now than when it was opened."""
