@@ -174,7 +174,7 @@ class Disk:
             raise OSError(code, os.strerror(code))
 
     def settle(self) -> None:
-        """A flush that nobody asked for. One that fails is owed to whoever asks for the next; raises OSError likewise."""
+        """A flush that nobody asked for; one that fails is owed to whoever asks for the next. Raises OSError."""
         try:
             os.fdatasync(self.fd)
         except OSError as error:
