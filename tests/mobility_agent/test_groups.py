@@ -71,7 +71,7 @@ async def test_writers_wait_for_the_verdict_and_the_mark_lies_before_what_they_w
         assert state(groups) == "kept"
         assert groups.report is not None
         assert groups.report.held_seconds is not None
-        assert groups.report.held_seconds >= 0.2
+        assert groups.report.held_seconds >= 0.19  # a timer may end a tick before its time
         assert marked(core) == [(Kind.WRITE, "a"), (Kind.MARK, "together"), (Kind.WRITE, "b")]
         (reported,) = marks.reports()
         assert (reported.sequence, reported.kind) == (groups.report.sequence, Consistency.GROUP)
