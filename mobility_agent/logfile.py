@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import os
 import struct
+import threading
 import uuid
 from bisect import bisect_right
 from pathlib import Path
@@ -45,6 +46,9 @@ class LogFile:
         self.next_sequence = header.first_sequence
         self.dirty = False  # something was sealed since the last sync began
         self._fd = fd
+        self._lock = threading.Lock()  # of the descriptor: never held while the disk works
+        self._is_syncing = False
+        self._is_retired = False
         self._mapping = mapping
         self._index_sequences = [header.first_sequence]
         self._index_offsets = [FRAMES_OFFSET]
@@ -158,8 +162,21 @@ class LogFile:
         return self.data[offset:end]
 
     def sync(self) -> None:
-        """Make everything stored so far durable. May run on another thread."""
-        os.fdatasync(self._fd)
+        """Make everything stored so far durable. May run on another thread, one at a time.
+
+        A file that was retired by then, or is meanwhile, needs no syncing: all it held is in storage.
+        """
+        with self._lock:
+            if self._is_retired:
+                return
+            self._is_syncing = True
+        try:
+            os.fdatasync(self._fd)
+        finally:
+            with self._lock:
+                self._is_syncing = False
+                if self._is_retired:
+                    os.close(self._fd)
 
     def close(self) -> None:
         """Unmap; views handed out before keep their memory until they go."""
@@ -168,7 +185,10 @@ class LogFile:
     def retire(self) -> mmap.mmap:
         """Close all but the mapping, and give that away: with it the file's pages need not be faulted in again."""
         self.data.release()
-        os.close(self._fd)
+        with self._lock:
+            self._is_retired = True
+            if not self._is_syncing:  # else the descriptor is closed behind it
+                os.close(self._fd)
         return self._mapping
 
     def _lengths(self, offset: int) -> tuple[int, int]:
