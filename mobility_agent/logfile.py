@@ -46,9 +46,8 @@ class LogFile:
         self.next_sequence = header.first_sequence
         self.dirty = False  # something was sealed since the last sync began
         self._fd = fd
-        self._lock = threading.Lock()  # of the descriptor: never held while the disk works
-        self._is_syncing = False
-        self._is_retired = False
+        self._holders = 1  # of the descriptor, which the last one closes
+        self._lock = threading.Lock()  # of that count, never held while the disk works
         self._mapping = mapping
         self._index_sequences = [header.first_sequence]
         self._index_offsets = [FRAMES_OFFSET]
@@ -167,16 +166,13 @@ class LogFile:
         A file that was retired by then, or is meanwhile, needs no syncing: all it held is in storage.
         """
         with self._lock:
-            if self._is_retired:
+            if not self._holders:
                 return
-            self._is_syncing = True
+            self._holders += 1
         try:
             os.fdatasync(self._fd)
         finally:
-            with self._lock:
-                self._is_syncing = False
-                if self._is_retired:
-                    os.close(self._fd)
+            self._let_go()
 
     def close(self) -> None:
         """Unmap; views handed out before keep their memory until they go."""
@@ -185,11 +181,14 @@ class LogFile:
     def retire(self) -> mmap.mmap:
         """Close all but the mapping, and give that away: with it the file's pages need not be faulted in again."""
         self.data.release()
-        with self._lock:
-            self._is_retired = True
-            if not self._is_syncing:  # else the descriptor is closed behind it
-                os.close(self._fd)
+        self._let_go()
         return self._mapping
+
+    def _let_go(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if not self._holders:
+                os.close(self._fd)
 
     def _lengths(self, offset: int) -> tuple[int, int]:
         payload_bytes, count = _LENGTHS.unpack_from(self.data, offset + 8)
