@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from config_server.vault import SETTINGS_FILE
 from replicar.control.messages import DEFAULT_PORT, MAX_WAIT_SECONDS
 from replicar.errors import PermanentError
+from replicar.observe.endpoint import MetricsListen
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_CONFIG_SERVER_"
 DEFAULT_DIRECTORY: Final = Path("/var/lib/replicar/vault")
@@ -37,6 +38,7 @@ class Settings(BaseSettings):
     address: str = ""
     heartbeat_seconds: Annotated[float, Field(ge=1, le=MAX_WAIT_SECONDS)] = 10.0
     takeover_seconds: Annotated[float, Field(ge=0)] = 900.0
+    metrics_listen: MetricsListen = ""
 
     @classmethod
     def settings_customise_sources(

@@ -44,6 +44,7 @@ from process_server.watermarks import MAX_WEIGHT
 from replicar.errors import PermanentError
 from replicar.formats.logblob import MAX_STRIPES
 from replicar.formats.wire import DEFAULT_PORT
+from replicar.observe.endpoint import MetricsListen
 from replicar.storage.target import StorageTarget
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_PS_"
@@ -132,6 +133,7 @@ class Settings(BaseSettings):
     log_stripes: Annotated[int, Field(ge=1, le=MAX_STRIPES)] = 8
     log_blob_bytes: Annotated[int, Field(ge=MIN_BLOB_BYTES, le=MAX_BLOB_BYTES, multiple_of=512)] = 4 << 30
     heartbeat_seconds: Annotated[float, Field(gt=0, le=30, description="how often it reports")] = 10.0
+    metrics_listen: MetricsListen = ""
     bandwidth: BandwidthSettings = BandwidthSettings()
     weights: Annotated[dict[str, Weight], Field(max_length=MAX_WEIGHTS, description="shares, by machine")] = {}
     storage: StorageTarget

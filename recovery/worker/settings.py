@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from replicar.errors import PermanentError
+from replicar.observe.endpoint import MetricsListen
 from replicar.storage.target import StorageTarget
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_WORKER_"
@@ -42,6 +43,7 @@ class WorkerSettings(BaseSettings):
         "/var/lib/replicar/recovered"
     )
     accelerator: Annotated[Literal["tcg", "kvm"], Field(description="what runs machines on this host")] = "tcg"
+    metrics_listen: MetricsListen = ""
     storage: StorageTarget
 
     @classmethod
