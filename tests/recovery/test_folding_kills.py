@@ -60,9 +60,14 @@ class Killed:
         """A process folds the log; whether it was killed."""
         builder = self._scene.builder
         order: dict[str, Any] = {
-            "target": _plain(self._target), "machine_id": str(builder.machine_id), "key": builder.key.hex(),
-            "number": builder.number - 1, "digest": builder.previous.hex(),
-            "offset_ns": self._scene.clock.ns - time.time_ns(), "kill_at": kill_at, "when": when,
+            "target": _plain(self._target),
+            "machine_id": str(builder.machine_id),
+            "key": builder.key.hex(),
+            "number": builder.number - 1,
+            "digest": builder.previous.hex(),
+            "offset_ns": self._scene.clock.ns - time.time_ns(),
+            "kill_at": kill_at,
+            "when": when,
         }
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tests.recovery.folding_process"),
