@@ -22,6 +22,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from replicar.observe.endpoint import MetricsListen
 from replicar.settings import FileSettings, Reader
 from replicar.storage.target import StorageTarget
 
@@ -45,6 +46,7 @@ class WorkerSettings(FileSettings):
     fold_seconds: Annotated[
         float, Field(ge=0, le=86_400, description="how often each log is indexed and thinned; 0: never")
     ] = 900.0
+    metrics_listen: MetricsListen = ""
     storage: StorageTarget
 
 
