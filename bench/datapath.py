@@ -11,9 +11,9 @@ agent learns it, so cache, compression, encryption, upload and both acknowledgem
     cpu_ratio   raw cpu seconds per GB to the path's own: how much of the work is the libraries'
 
 MB are 1e6 bytes of what applications wrote; frames' headers and tables, retries and acknowledgements come on top and
-count as cost. Frames are as large as capture makes them for a sender that is behind, as one with a full log is; one that
-keeps up, or whose machine flushes often, sends smaller ones (`--frame-kib 64`), which cost more. What others use of the
-cores meanwhile is shown, since it lowers `ratio` (and hardly `cpu_ratio`).
+count as cost. Frames are as large as capture makes them for a sender that is behind, as one with a full log is; one
+that keeps up, or whose machine flushes often, sends smaller ones (`--frame-kib 64`), which cost more. What others use
+of the cores meanwhile is shown, since it lowers `ratio` (and hardly `cpu_ratio`).
 
 Weak: one machine, one connection, everything on the same cores, no network in between; the config server's heartbeats
 go on beside it and are not counted. Where the kernel groups processes by session (autogroup), `nice` does not lift the

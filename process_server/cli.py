@@ -101,6 +101,7 @@ def run(
       cache_bytes = 17179869184    buffers_bytes = 268435456    compression_level = 1
       segment_age_seconds = 0.2    uploads_per_machine = 4      heartbeat_seconds = 10
       log_stripes = 8              log_blob_bytes = 4294967296
+      metrics_listen = ""          # where Prometheus may ask: a port of this machine, or host:port
 
     \b
     At the end of the file, if wanted:

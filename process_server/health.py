@@ -14,6 +14,7 @@ from typing import Any, Final
 from replicar.control.files import PUBLIC_MODE, read_file, write_file
 from replicar.errors import PermanentError, ReplicarError
 from replicar.log.tail import Stored
+from replicar.observe.histogram import Histogram
 from replicar.signals import Level, Signal, worst
 
 STATUS_FILE: Final = "status.json"
@@ -32,11 +33,34 @@ class Counters:
     connections: int = 0
     resends: int = 0
     bytes_dropped: int = 0
+    waits: int = 0  # for a slot of the cache, or for storing to catch up: nothing was read from the agent
+    waited_seconds: float = 0.0
+    upload_failures: int = 0  # tries of a segment that storage did not take, after the store's own retries
+    leases_lost: int = 0
+
+
+@dataclass(slots=True)
+class Tallies:
+    """Of all machines: how long segments took to be uploaded, and changes from their capture until stored.
+
+    The second is a difference of two machines' clocks, so it is as right as they are.
+    """
+
+    upload_seconds: Histogram = field(default_factory=Histogram)
+    stored_seconds: Histogram = field(default_factory=Histogram)
+
+    def stored(self, age_ns: int) -> None:
+        """The oldest change of a segment is stored, with all before it, so long after its capture."""
+        self.stored_seconds.observe(max(age_ns, 0) / 1e9)
 
 
 @dataclass(frozen=True, slots=True)
 class MachineHealth:
-    """One machine now. `error` is what stands in the way, as `ReplicarError.as_dict` gives it."""
+    """One machine now. `error` is what stands in the way, as `ReplicarError.as_dict` gives it.
+
+    `rpo_seconds` is the age of the oldest change that was received and is not stored, 0 when all is; None where it is
+    not known. What the agent has not sent yet is not in it.
+    """
 
     machine_id: uuid.UUID
     name: str
@@ -49,6 +73,9 @@ class MachineHealth:
     stored_segment: int = 0
     stored_digest: str = ""
     pending_bytes: int = 0
+    sealing_bytes: int = 0  # of those pending
+    uploading_bytes: int = 0  # of those pending; in storage already, where an earlier segment is not
+    rpo_seconds: float | None = None
     counters: Counters = field(default_factory=Counters)
     error: dict[str, Any] | None = None
 
@@ -131,6 +158,13 @@ def stored_before(directory: Path) -> dict[tuple[uuid.UUID, int], Stored]:
         }
     except (PermanentError, KeyError, ValueError, TypeError):
         return {}
+
+
+def rpo_seconds(oldest_ns: int | None, now_ns: int) -> float | None:
+    """The age of the oldest change that is pending: 0 for none (None), None where its capture is not known (0)."""
+    if oldest_ns is None:
+        return 0.0
+    return max(now_ns - oldest_ns, 0) / 1e9 if oldest_ns else None
 
 
 def error_data(error: ReplicarError | None) -> dict[str, Any] | None:

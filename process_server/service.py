@@ -23,6 +23,7 @@ from process_server.bandwidth import Pace
 from process_server.cache import CacheFile
 from process_server.commit import Committer
 from process_server.control import Control
+from process_server.exposed import page
 from process_server.health import ServerHealth, error_data, stored_before
 from process_server.level import LOOK_SECONDS
 from process_server.listener import Listener
@@ -41,6 +42,9 @@ from replicar.control.files import PUBLIC_MODE, make_directory, write_file
 from replicar.control.identity import Identity, Role
 from replicar.control.messages import ProcessServerAssignment
 from replicar.errors import PermanentError, ReplicarError
+from replicar.observe.endpoint import Endpoint
+from replicar.observe.exposition import Page
+from replicar.storage.retry import RetryTally
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import open_store
 from replicar.tls import reload_certificate, server_context
@@ -81,6 +85,7 @@ class ProcessServer:
         self._status_error: ReplicarError | None = None
         self._host = host
         self._vitals = Vitals(host)
+        self._retries = RetryTally()
 
     async def run(self, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
         """Serve until `stop` is set.
@@ -103,7 +108,7 @@ class ProcessServer:
             pace, uploads = Pace(settings.bandwidth.schedule(), self._clock), settings.uploads_per_machine
             sealer = Sealer(settings.compression_level, uploads=uploads, pace=pace, now=self._clock.monotonic)
             stack.callback(sealer.close)
-            store = self._store or open_store(settings.storage, clock=self._clock)
+            store = self._store or open_store(settings.storage, clock=self._clock, tally=self._retries)
             await stack.enter_async_context(store)
             client = await stack.enter_async_context(ControlClient(identity, clock=self._clock))
             committer = Committer(cache, slots)
@@ -158,8 +163,14 @@ class ProcessServer:
             background.append(group.create_task(control.run(), name="control"))
             background.append(group.create_task(self._report(workshop, listener.port), name="status"))
             background.append(group.create_task(self._choose(workshop), name="level"))
-            ready(listener.port)
-            await stop.wait()
+
+            async def collect() -> Page:
+                health = self._health(workshop, listener.port)
+                return page(health, workshop, connections=listener.connections, retries=self._retries.failures)
+
+            async with Endpoint(settings.metrics_listen, collect):
+                ready(listener.port)
+                await stop.wait()
         finally:
             await listener.close()
         await self._drain(workshop, roster)

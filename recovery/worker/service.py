@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from recovery.worker.desk import Desk
+from recovery.worker.exposed import Tally, page
 from recovery.worker.hands import Hands, QemuHands
 from recovery.worker.homeward import Homeward
 from recovery.worker.outward import Outward
@@ -29,6 +30,8 @@ from replicar.control.files import make_directory
 from replicar.control.identity import Identity
 from replicar.control.messages import ClaimRequest, JobKind, JobState
 from replicar.errors import PermanentError, TransientError
+from replicar.observe.endpoint import Endpoint
+from replicar.observe.exposition import Page
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import open_store
 
@@ -54,6 +57,7 @@ class Worker:
     def __init__(self, settings: WorkerSettings, file: Path | None, clock: Clock) -> None:
         self._settings, self._clock = settings, clock
         self._hands: Mapping[str, Hands] = {"qemu": QemuHands(settings, file)}
+        self._tally = Tally()
 
     async def run(self, stop: asyncio.Event, *, once: bool = False) -> None:
         """Work until `stop` is set; with `once`, until there is nothing to do.
@@ -63,8 +67,13 @@ class Worker:
         """
         make_directory(self._settings.directory)
         identity = Identity.load(self._settings.identity)
+
+        async def collect() -> Page:
+            return page(self._tally, OUTWARD + HOMEWARD)
+
         with own_instance(self._settings.directory) as instance:
-            await self._work(identity, instance, stop, once=once)
+            async with Endpoint(self._settings.metrics_listen, collect):
+                await self._work(identity, instance, stop, once=once)
 
     async def _work(self, identity: Identity, instance: str, stop: asyncio.Event, *, once: bool) -> None:
         pause = 1.0
@@ -90,22 +99,30 @@ class Worker:
                     claim = claiming.result()
                 except TransientError as error:
                     _log.warning("the config server does not answer: %s", error)
+                    self._tally.is_heard = False
                     await self._clock.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                     continue
-                pause = 1.0
+                pause, self._tally.is_heard = 1.0, True
                 if claim.job is not None:
                     await self._carry_out(Desk(control, claim, self._clock, host=instance), store, stop)
                 elif once:
                     return
 
     async def _carry_out(self, desk: Desk, store: PageBlobStore, stop: asyncio.Event) -> None:
+        tally, kind = self._tally, desk.job.kind
+        tally.going = kind
         try:
             works = self._works(desk, store)
         except PermanentError as error:
             await desk.finish(JobState.FAILED, error)
         else:
             await carry_out(desk, works, stop)
+        finally:
+            tally.going = None
+            tally.lost[kind] += desk.lost
+        if desk.ended is not None:
+            tally.jobs[kind, desk.ended] += 1
 
     def _works(self, desk: Desk, store: PageBlobStore) -> Mapping[str, Work]:
         wanted = desk.job.parameters.compute or next(

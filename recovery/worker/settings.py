@@ -21,6 +21,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from replicar.observe.endpoint import MetricsListen
 from replicar.settings import FileSettings, Reader
 from replicar.storage.target import StorageTarget
 
@@ -41,6 +42,7 @@ class WorkerSettings(FileSettings):
         "/var/lib/replicar/recovered"
     )
     accelerator: Annotated[Literal["tcg", "kvm"], Field(description="what runs machines on this host")] = "tcg"
+    metrics_listen: MetricsListen = ""
     storage: StorageTarget
 
 
