@@ -25,7 +25,7 @@ from config_server import schema_circle as circle
 from config_server.changes import Change, Changes
 from replicar.errors import CorruptionError, PermanentError, TransientError
 
-SCHEMA_VERSION: Final = 8
+SCHEMA_VERSION: Final = 9
 BUSY_SECONDS: Final = 5.0
 #: Transactions waiting for the writer; at some 2,000 a second that is half a second of work.
 MAX_WAITING: Final = 1024
@@ -117,6 +117,7 @@ _STEPS: Final = {
     ),
     7: circle.ARRANGEMENTS,
     8: circle.TOKENS,
+    9: circle.UPKEEP,
 }
 
 _T = TypeVar("_T")
@@ -160,7 +161,7 @@ class Registry:
             )
         if version < SCHEMA_VERSION:
             # one by one: a script would end the transaction
-            statements = [*_SCHEMA.split(";\n"), *circle.TABLES, *circle.ARRANGEMENTS, *circle.TOKENS]
+            statements = [*_SCHEMA.split(";\n"), *circle.TABLES, *circle.ARRANGEMENTS, *circle.TOKENS, *circle.UPKEEP]
             if version:
                 statements = [each for step in range(version, SCHEMA_VERSION) for each in _STEPS[step + 1]]
             for statement in statements:

@@ -23,6 +23,7 @@ from config_server import data_keys, parties, routes
 from config_server.api import Context, application
 from config_server.bells import Bells
 from config_server.events import Events
+from config_server.exposed import page
 from config_server.registry import RegistryThread
 from config_server.rounds import Rounds
 from config_server.settings import ENVIRONMENT_PREFIX, Settings
@@ -31,6 +32,8 @@ from config_server.vault import IDENTITY_DIRECTORY, REGISTRY_FILE, SETTINGS_FILE
 from replicar.clock import Clock
 from replicar.control.identity import Identity
 from replicar.errors import PermanentError, ReplicarError, TransientError
+from replicar.observe.endpoint import Endpoint
+from replicar.observe.exposition import Page
 from replicar.tls import reload_certificate, server_context
 
 #: How often the server looks whether its own certificate is due.
@@ -89,6 +92,14 @@ class ConfigServer:
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             await self._listen(runner)
+
+            async def collect() -> Page:
+                now_ns, held = self._clock.now_ns(), self.bells.listening
+                return await self.registry.run(
+                    lambda connection: page(connection, context.troubles, now_ns, held_requests=held)
+                )
+
+            await stack.enter_async_context(Endpoint(self._settings.metrics_listen, collect))
             self._stack = stack.pop_all()
         return self
 

@@ -125,6 +125,8 @@ def run(
 
     journal_file_bytes, seed_bytes_per_second, rate_limit_bytes_per_second, seal_delay_seconds, heartbeat_seconds
 
+    metrics_listen = ""   where Prometheus may ask: a port of this machine, or host:port
+
     application, a table with hooks (a directory), hook_timeout_seconds, mark_every_seconds: application-consistent
     points
 

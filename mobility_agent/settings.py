@@ -35,6 +35,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from replicar.errors import PermanentError
 from replicar.formats.changelog import MAX_FILE_BYTES, MIN_FILE_BYTES
 from replicar.nbd.protocol import LOOPBACK
+from replicar.observe.endpoint import MetricsListen
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_AGENT_"
 #: Names the settings file itself; the one variable of that prefix that is no setting.
@@ -188,6 +189,8 @@ class AgentSettings(BaseSettings):
     heartbeat_seconds: float | None = Field(
         default=None, ge=0.1, le=30.0, description="how often to report when nothing happens; default: as told"
     )
+
+    metrics_listen: MetricsListen = ""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

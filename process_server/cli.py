@@ -101,6 +101,7 @@ def run(
       cache_bytes = 17179869184    buffers_bytes = 268435456    compression_level = 1
       segment_age_seconds = 0.2    uploads_per_machine = 4      heartbeat_seconds = 10
       log_stripes = 8              log_blob_bytes = 4294967296
+      metrics_listen = ""          # where Prometheus may ask: a port of this machine, or host:port
 
     \b
     At the end of the file, if wanted:
@@ -193,6 +194,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["upload_limit"] is not None:
         lines.append(f"uploads: limited to {facts['upload_limit']:,} bytes a second at this hour")
+    if facts.get("compression_level") is not None:
+        lines.append(f"compression: level {facts['compression_level']} just now")
     lines += [f"{part}: {error['message']}; {error['hint']}" for part, error in facts["errors"].items()]
     for machine in facts["machines"]:
         counters = machine["counters"]

@@ -23,7 +23,9 @@ from process_server.bandwidth import Pace
 from process_server.cache import CacheFile
 from process_server.commit import Committer
 from process_server.control import Control
+from process_server.exposed import page
 from process_server.health import ServerHealth, error_data, stored_before
+from process_server.level import LOOK_SECONDS
 from process_server.listener import Listener
 from process_server.machine import Workshop
 from process_server.pipeline import first_error
@@ -40,6 +42,9 @@ from replicar.control.files import PUBLIC_MODE, make_directory, write_file
 from replicar.control.identity import Identity, Role
 from replicar.control.messages import ProcessServerAssignment
 from replicar.errors import PermanentError, ReplicarError
+from replicar.observe.endpoint import Endpoint
+from replicar.observe.exposition import Page
+from replicar.storage.retry import RetryTally
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import open_store
 from replicar.tls import reload_certificate, server_context
@@ -78,7 +83,9 @@ class ProcessServer:
         self._errors: dict[str, Callable[[], ReplicarError | None]] = {}
         self._told: dict[str, str] = {}
         self._status_error: ReplicarError | None = None
+        self._host = host
         self._vitals = Vitals(host)
+        self._retries = RetryTally()
 
     async def run(self, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
         """Serve until `stop` is set.
@@ -98,10 +105,10 @@ class ProcessServer:
             found = await asyncio.to_thread(find, cache)
             slots = Slots(cache.slots, settings.buffers_bytes, next_serial=found.next_serial)
             slots.claim(index for items in found.by_machine.values() for index, _ in items)
-            pace = Pace(settings.bandwidth.schedule(), self._clock)
-            sealer = Sealer(settings.compression_level, uploads=settings.uploads_per_machine, pace=pace)
+            pace, uploads = Pace(settings.bandwidth.schedule(), self._clock), settings.uploads_per_machine
+            sealer = Sealer(settings.compression_level, uploads=uploads, pace=pace, now=self._clock.monotonic)
             stack.callback(sealer.close)
-            store = self._store or open_store(settings.storage, clock=self._clock)
+            store = self._store or open_store(settings.storage, clock=self._clock, tally=self._retries)
             await stack.enter_async_context(store)
             client = await stack.enter_async_context(ControlClient(identity, clock=self._clock))
             committer = Committer(cache, slots)
@@ -155,8 +162,15 @@ class ProcessServer:
             }
             background.append(group.create_task(control.run(), name="control"))
             background.append(group.create_task(self._report(workshop, listener.port), name="status"))
-            ready(listener.port)
-            await stop.wait()
+            background.append(group.create_task(self._choose(workshop), name="level"))
+
+            async def collect() -> Page:
+                health = self._health(workshop, listener.port)
+                return page(health, workshop, connections=listener.connections, retries=self._retries.failures)
+
+            async with Endpoint(settings.metrics_listen, collect):
+                ready(listener.port)
+                await stop.wait()
         finally:
             await listener.close()
         await self._drain(workshop, roster)
@@ -192,10 +206,17 @@ class ProcessServer:
             cache_bytes_free=workshop.slots.free_bytes,
             cache_level=str(workshop.slots.level),
             upload_limit=workshop.sealer.gate.rate,
+            compression_level=workshop.sealer.level,
             machines=tuple(machine.health() for machine in self.roster.machines()),
             errors={part: data for part, data in errors.items() if data is not None},
             signals=self._vitals.signals(workshop.slots.free_bytes, workshop.slots.total_bytes),
         )
+
+    async def _choose(self, workshop: Workshop) -> None:
+        """See now and then how hard to compress."""
+        while True:
+            workshop.sealer.look(self._host())
+            await self._clock.sleep(LOOK_SECONDS)
 
     async def _report(self, workshop: Workshop, port: int) -> None:
         """Write the status file, and say on the log when an error comes or goes."""

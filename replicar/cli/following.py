@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from recovery.moments import format_moment
 from replicar import errors
 from replicar.cli.console import Telling, duration, row, size, table
 from replicar.cli.watched import watched
@@ -24,6 +23,7 @@ from replicar.control.client import ControlClient
 from replicar.control.message import ErrorReport
 from replicar.control.messages import Drill, Job, JobState, JobStep
 from replicar.errors import PermanentError, ReplicarError, TransientError
+from replicar.moments import format_moment
 
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")]
 Timeout = Annotated[
