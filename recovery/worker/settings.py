@@ -22,6 +22,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from replicar.observe.endpoint import MetricsListen
+from replicar.observe.logs import LogFormat, LogFormatSetting
 from replicar.settings import FileSettings, Reader
 from replicar.storage.target import StorageTarget
 
@@ -43,6 +44,7 @@ class WorkerSettings(FileSettings):
     )
     accelerator: Annotated[Literal["tcg", "kvm"], Field(description="what runs machines on this host")] = "tcg"
     metrics_listen: MetricsListen = ""
+    log_format: LogFormatSetting = LogFormat.TEXT
     storage: StorageTarget
 
 
