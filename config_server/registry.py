@@ -23,7 +23,7 @@ from typing import Final, TypeVar
 from config_server import schema_circle as circle
 from replicar.errors import CorruptionError, PermanentError, TransientError
 
-SCHEMA_VERSION: Final = 8
+SCHEMA_VERSION: Final = 9
 BUSY_SECONDS: Final = 5.0
 #: Transactions waiting for the writer; at some 2,000 a second that is half a second of work.
 MAX_WAITING: Final = 1024
@@ -115,6 +115,7 @@ _STEPS: Final = {
     ),
     7: circle.ARRANGEMENTS,
     8: circle.TOKENS,
+    9: circle.UPKEEP,
 }
 
 _T = TypeVar("_T")
@@ -153,7 +154,7 @@ class Registry:
             )
         if version < SCHEMA_VERSION:
             # one by one: a script would end the transaction
-            statements = [*_SCHEMA.split(";\n"), *circle.TABLES, *circle.ARRANGEMENTS, *circle.TOKENS]
+            statements = [*_SCHEMA.split(";\n"), *circle.TABLES, *circle.ARRANGEMENTS, *circle.TOKENS, *circle.UPKEEP]
             if version:
                 statements = [each for step in range(version, SCHEMA_VERSION) for each in _STEPS[step + 1]]
             for statement in statements:

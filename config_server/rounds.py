@@ -12,7 +12,7 @@ import sqlite3
 import uuid
 from typing import Final
 
-from config_server import alerts, lives, parties, policies
+from config_server import alerts, lives, parties, policies, upkeep
 from config_server.bells import Bells, Topic
 from config_server.jobs import book, opening, own
 from config_server.registry import RegistryThread
@@ -60,6 +60,7 @@ class Rounds:
     def _go(self, connection: sqlite3.Connection) -> list[Job]:
         now_ns = self._clock.now_ns()
         alerts.look_at_rpo(connection, now_ns)
+        upkeep.look(connection, now_ns)
         rows = connection.execute("SELECT DISTINCT machine_id FROM jobs WHERE ended_ns IS NULL").fetchall()
         for row in rows:
             own.advance(connection, uuid.UUID(row["machine_id"]), now_ns)

@@ -194,6 +194,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["upload_limit"] is not None:
         lines.append(f"uploads: limited to {facts['upload_limit']:,} bytes a second at this hour")
+    if facts.get("compression_level") is not None:
+        lines.append(f"compression: level {facts['compression_level']} just now")
     lines += [f"{part}: {error['message']}; {error['hint']}" for part, error in facts["errors"].items()]
     for machine in facts["machines"]:
         counters = machine["counters"]

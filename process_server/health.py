@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,12 +79,24 @@ class MachineHealth:
     counters: Counters = field(default_factory=Counters)
     error: dict[str, Any] | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable. By hand: `asdict` copies all it finds, and of a thousand machines every second that is
+        a tenth of a core."""
+        data = {name: getattr(self, name) for name in _MACHINE_FIELDS}
+        counters = {name: getattr(self.counters, name) for name in _COUNTERS}
+        return data | {"machine_id": str(self.machine_id), "counters": counters}
+
+
+_MACHINE_FIELDS: Final = tuple(each.name for each in fields(MachineHealth))
+_COUNTERS: Final = tuple(each.name for each in fields(Counters))
+
 
 @dataclass(frozen=True, slots=True)
 class ServerHealth:
     """The whole server now. `errors` says what stands in its way besides what machines say: an error for each part.
 
-    `upload_limit`: bytes a second that may be uploaded at this hour, None for no limit.
+    `upload_limit`: bytes a second that may be uploaded at this hour, None for no limit. `compression_level`: zstd's, as
+    it is used just now.
     """
 
     time_ns: int
@@ -95,6 +107,7 @@ class ServerHealth:
     machines: tuple[MachineHealth, ...]
     cache_level: str = "well"
     upload_limit: int | None = None
+    compression_level: int | None = None
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)
     signals: tuple[Signal, ...] = ()
 
@@ -105,10 +118,8 @@ class ServerHealth:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
-        data = {**asdict(self), "level": str(self.level)}
-        for machine in data["machines"]:
-            machine["machine_id"] = str(machine["machine_id"])
-        return data
+        machines = [machine.as_dict() for machine in self.machines]
+        return {**asdict(replace(self, machines=())), "machines": machines, "level": str(self.level)}
 
     def save(self, directory: Path) -> None:
         """Write it where `process-server status` looks; readers see the old or the new one."""

@@ -84,7 +84,7 @@ class Pipeline:
         self.tail = log.tail
         self._stream, self._log, self._writer = stream, log, writer
         self._sealer, self._slots, self._cache = sealer, slots, cache
-        self._gate = sealer.gate
+        self._gate, self._meter = sealer.gate, sealer.meter
         self._clock, self._counters, self._tallies = clock, counters, tallies
         self._uploads = asyncio.Semaphore(uploads)
         self._on_stored, self._on_error = on_stored, on_error
@@ -134,7 +134,8 @@ class Pipeline:
     async def _start(self, group: asyncio.TaskGroup) -> None:
         if not self._log.reserve():
             await self._roll()
-        found = await self._gate.admit(self._stream, lambda: self._stream.next_bytes)
+        with self._meter.waiting():
+            found = await self._gate.admit(self._stream, lambda: self._stream.next_bytes)
         [each] = self._stream.tick(self._clock.monotonic(), most=1)
         self._number += 1
         position = Position(
@@ -165,8 +166,12 @@ class Pipeline:
             data, place = await self._seal(work, previous, self._passes[work].buffer)
             self._gate.sealed(self._passes[work].raw_bytes, len(data))
             work.is_sealed = True
-            async with self._uploads:
+            with self._meter.waiting():
+                await self._uploads.acquire()
+            try:
                 await self._upload(place, data)
+            finally:
+                self._uploads.release()
         finally:
             self._give_back(work)
         self._stored(work, len(data))
@@ -183,7 +188,8 @@ class Pipeline:
         try:
             if slot.buffer is None:
                 readback = await self._slots.readback.acquire()
-            chunks = await self._sealer.run(self._prepare, work, slot.buffer, readback, out)
+            with self._meter.sealing(work.segment.raw_bytes):
+                chunks = await self._sealer.run(self._prepare, work, slot.buffer, readback, out)
             before = self._log.tail.digest if previous is None else await previous.chained
             data, work.digest = segment.chain(chunks, before)
             place = await self._log.place(len(data))

@@ -25,6 +25,7 @@ from process_server.commit import Committer
 from process_server.control import Control
 from process_server.exposed import page
 from process_server.health import ServerHealth, error_data, stored_before
+from process_server.level import LOOK_SECONDS
 from process_server.listener import Listener
 from process_server.machine import Workshop
 from process_server.pipeline import first_error
@@ -83,6 +84,7 @@ class ProcessServer:
         self._errors: dict[str, Callable[[], ReplicarError | None]] = {}
         self._told: dict[str, str] = {}
         self._status_error: ReplicarError | None = None
+        self._host = host
         self._vitals = Vitals(host)
         self._retries = RetryTally()
 
@@ -104,8 +106,8 @@ class ProcessServer:
             found = await asyncio.to_thread(find, cache)
             slots = Slots(cache.slots, settings.buffers_bytes, next_serial=found.next_serial)
             slots.claim(index for items in found.by_machine.values() for index, _ in items)
-            pace = Pace(settings.bandwidth.schedule(), self._clock)
-            sealer = Sealer(settings.compression_level, uploads=settings.uploads_per_machine, pace=pace)
+            pace, uploads = Pace(settings.bandwidth.schedule(), self._clock), settings.uploads_per_machine
+            sealer = Sealer(settings.compression_level, uploads=uploads, pace=pace, now=self._clock.monotonic)
             stack.callback(sealer.close)
             store = self._store or open_store(settings.storage, clock=self._clock, tally=self._retries)
             await stack.enter_async_context(store)
@@ -161,6 +163,7 @@ class ProcessServer:
             }
             background.append(group.create_task(control.run(), name="control"))
             background.append(group.create_task(self._report(workshop, listener.port), name="status"))
+            background.append(group.create_task(self._choose(workshop), name="level"))
 
             async def collect() -> Page:
                 health = self._health(workshop, listener.port)
@@ -204,10 +207,17 @@ class ProcessServer:
             cache_bytes_free=workshop.slots.free_bytes,
             cache_level=str(workshop.slots.level),
             upload_limit=workshop.sealer.gate.rate,
+            compression_level=workshop.sealer.level,
             machines=tuple(machine.health() for machine in self.roster.machines()),
             errors={part: data for part, data in errors.items() if data is not None},
             signals=self._vitals.signals(workshop.slots.free_bytes, workshop.slots.total_bytes),
         )
+
+    async def _choose(self, workshop: Workshop) -> None:
+        """See now and then how hard to compress."""
+        while True:
+            workshop.sealer.look(self._host())
+            await self._clock.sleep(LOOK_SECONDS)
 
     async def _report(self, workshop: Workshop, port: int) -> None:
         """Write the status file, and say on the log when an error comes or goes."""

@@ -23,7 +23,8 @@ from replicar.observe import logs
 
 app = typer.Typer(
     name="recovery-worker",
-    help="""The hands of a Replicar vault: carries out drills, failovers and failbacks that operators ask for.
+    help="""The hands of a Replicar vault: carries out drills, failovers and failbacks that operators ask for,
+    and folds machines' logs by the clock.
 
     First `enrol` it with the vault's passphrase and a registration key, then `run` it with a settings file that names
     the storage account.
@@ -69,22 +70,23 @@ def run(
     settings: Annotated[
         Path | None, typer.Option("--settings", "-s", help="TOML settings file.", show_default=False)
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Carry out what waits, then end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Carry out the jobs that wait, then end.")] = False,
 ) -> None:
-    """Carry out jobs until SIGTERM or Ctrl-C.
+    """Carry out jobs until SIGTERM or Ctrl-C, and keep machines' logs indexed and thinned by their policies meanwhile.
 
-    \b
-    A settings file:
-      identity = "/var/lib/replicar/worker"        # where `enrol` put it
-      directory = "/var/lib/replicar/recovered"    # machines, overlays, evidence
-      accelerator = "tcg"                          # "kvm" where this host has it
-      [storage]                                    # as a process server's
-      endpoint = "https://NAME.blob.core.windows.net"
-      account_name = "NAME"
-      account_key_file = "/etc/replicar/account.key"
-      container = "replicar"
+      \b
+      A settings file:
+        identity = "/var/lib/replicar/worker"        # where `enrol` put it
+        directory = "/var/lib/replicar/recovered"    # machines, overlays, evidence
+        accelerator = "tcg"                          # "kvm" where this host has it
+    fold_seconds = 900                           # how often logs are indexed and thinned; 0: not by this worker
+        [storage]                                    # as a process server's
+        endpoint = "https://NAME.blob.core.windows.net"
+        account_name = "NAME"
+        account_key_file = "/etc/replicar/account.key"
+        container = "replicar"
 
-    The environment overrides it: REPLICAR_WORKER_DIRECTORY=/srv/recovered.
+      The environment overrides it: REPLICAR_WORKER_DIRECTORY=/srv/recovered.
     """
     loaded = load_settings(settings)
     logs.set_up(PART, loaded.log_format)

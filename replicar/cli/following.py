@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from recovery.moments import format_moment
 from replicar import errors
 from replicar.cli.console import Telling, duration, row, size, table
 from replicar.control.client import ControlClient
 from replicar.control.message import ErrorReport
 from replicar.control.messages import Drill, Job, JobState, JobStep
 from replicar.errors import PermanentError, ReplicarError, TransientError
+from replicar.moments import format_moment
 
 #: How often a job is looked at.
 LOOK_SECONDS: Final = 1.0

@@ -124,6 +124,18 @@ from replicar.control.messages.server import (
     ProcessServerHeartbeat,
     ProcessServerInstructions,
 )
+from replicar.control.messages.upkeep import (
+    MAX_KEPT,
+    UPKEEP_LEASE_SECONDS,
+    KeptState,
+    Retention,
+    UpkeepClaim,
+    UpkeepKind,
+    UpkeepReceipt,
+    UpkeepRenewal,
+    UpkeepReport,
+    UpkeepTask,
+)
 
 __all__ = [
     "API_PREFIX",
@@ -138,6 +150,7 @@ __all__ = [
     "MAX_DRILLS",
     "MAX_ENDED_JOBS",
     "MAX_ERRORS",
+    "MAX_KEPT",
     "MAX_OPERATOR_WAIT_SECONDS",
     "MAX_OPTIONS",
     "MAX_POLICY_VERSIONS",
@@ -150,6 +163,7 @@ __all__ = [
     "MAX_WAIT_SECONDS",
     "STORAGE",
     "TOKEN_ROLES",
+    "UPKEEP_LEASE_SECONDS",
     "AgentAssignment",
     "AgentHeartbeat",
     "AgentInstructions",
@@ -188,6 +202,7 @@ __all__ = [
     "JobRequest",
     "JobState",
     "JobStep",
+    "KeptState",
     "LifeState",
     "MachineHold",
     "MachineKey",
@@ -213,6 +228,7 @@ __all__ = [
     "ProcessServerHeartbeat",
     "ProcessServerInstructions",
     "ProcessServerSummary",
+    "Retention",
     "RetentionTier",
     "StepReport",
     "TargetChange",
@@ -220,5 +236,11 @@ __all__ = [
     "Token",
     "TokenList",
     "TokenRequest",
+    "UpkeepClaim",
+    "UpkeepKind",
+    "UpkeepReceipt",
+    "UpkeepRenewal",
+    "UpkeepReport",
+    "UpkeepTask",
     "VaultStatus",
 ]
