@@ -12,8 +12,8 @@ import sqlite3
 import uuid
 from typing import Final
 
-from config_server import alerts, lives, parties, policies
-from config_server.bells import Bells, Topic
+from config_server import alerts, lives, parties, policies, upkeep
+from config_server.bells import EVERYBODY, Bells, Topic
 from config_server.jobs import book, opening, own
 from config_server.registry import RegistryThread
 from config_server.vault import Vault
@@ -54,12 +54,13 @@ class Rounds:
         """One round; returns the drills that were begun."""
         begun = await self._registry.run(self._go)
         if begun:
-            self._bells.ring(Topic.JOBS, uuid.UUID(int=0))
+            self._bells.ring(Topic.JOBS, EVERYBODY)
         return begun
 
     def _go(self, connection: sqlite3.Connection) -> list[Job]:
         now_ns = self._clock.now_ns()
         alerts.look_at_rpo(connection, now_ns)
+        upkeep.look(connection, now_ns)
         rows = connection.execute("SELECT DISTINCT machine_id FROM jobs WHERE ended_ns IS NULL").fetchall()
         for row in rows:
             own.advance(connection, uuid.UUID(row["machine_id"]), now_ns)

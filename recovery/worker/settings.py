@@ -3,6 +3,7 @@
     identity = "/var/lib/replicar/worker"            # where `recovery-worker enrol` put it, or an operator's
     directory = "/var/lib/replicar/recovered"        # machines, overlays, evidence; a short path
     accelerator = "tcg"                              # "kvm" where this host has it
+    fold_seconds = 900                               # how often each machine's log is indexed and thinned; 0: not here
 
     [storage]                                        # as a process server's
     endpoint = "https://NAME.blob.core.windows.net"
@@ -22,6 +23,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from replicar.observe.endpoint import MetricsListen
+from replicar.observe.logs import LogFormat, LogFormatSetting
 from replicar.settings import FileSettings, Reader
 from replicar.storage.target import StorageTarget
 
@@ -42,7 +44,11 @@ class WorkerSettings(FileSettings):
         "/var/lib/replicar/recovered"
     )
     accelerator: Annotated[Literal["tcg", "kvm"], Field(description="what runs machines on this host")] = "tcg"
+    fold_seconds: Annotated[
+        float, Field(ge=0, le=86_400, description="how often each log is indexed and thinned; 0: never")
+    ] = 900.0
     metrics_listen: MetricsListen = ""
+    log_format: LogFormatSetting = LogFormat.TEXT
     storage: StorageTarget
 
 

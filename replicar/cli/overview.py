@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from recovery.moments import format_moment
 from replicar.cli.console import duration, row, size, table
 from replicar.control.message import ErrorReport
 from replicar.control.messages import (
@@ -24,6 +23,7 @@ from replicar.control.messages import (
     ProcessServerSummary,
     VaultStatus,
 )
+from replicar.moments import format_moment
 from replicar.signals import Level
 
 NOT_STORING: Final = "not storing"
@@ -40,6 +40,8 @@ ELSEWHERE: Final = frozenset(LifeState) - {
     LifeState.PROTECTED,
     LifeState.RESYNCHRONISING,
 }
+#: Kept states without a name that `points` shows.
+KEPT_SHOWN: Final = 20
 #: Gaps that `points` shows; a machine under trace capture has one for each point.
 GAPS_SHOWN: Final = 10
 
@@ -125,6 +127,7 @@ def show_points(console: Console, found: PointList) -> None:
             )
     else:
         console.print("There is no named point yet: replicar tag MACHINE NAME")
+    _show_retention(console, found)
     console.print()
     if found.ordered_from is None:
         console.print("No instant can be chosen at present: storage holds no end of initial replication (or of a gap).")
@@ -140,6 +143,23 @@ def show_points(console: Console, found: PointList) -> None:
         end = gap.last_sequence if gap.last_sequence is not None else "(it lasts)"
         console.print(f"But for the gap from sequence {gap.first_sequence} to {end}: {escape(gap.reason)}")
     _show_errors(console, f"machine {found.name} is {NOT_STORING}", found.errors, set())
+
+
+def _show_retention(console: Console, found: PointList) -> None:
+    """What is kept in front of the window besides named points, and how much was given up."""
+    names = {point.sequence for point in found.points}
+    others = [item for item in found.retention.kept if item.sequence not in names] if found.retention else []
+    if others:
+        kept = table("~kept, without a name", ">sequence")
+        for item in others[-KEPT_SHOWN:]:
+            row(kept, format_moment(item.time_ns), item.sequence)
+        console.print(kept)
+        if len(others) > KEPT_SHOWN:
+            console.print(f"({len(others) - KEPT_SHOWN} older ones are left out; --json has them)")
+    if found.thinned:
+        console.print(
+            f"{len(found.thinned)} older named point(s) were thinned by the policy: they can't be chosen any more"
+        )
 
 
 def _machine_table(found: Iterable[MachineSummary]) -> Table:

@@ -12,6 +12,7 @@ from replicar.control.messages.agent import AuditReport, DiskReport, GapReport
 from replicar.control.messages.jobs import LifeState
 from replicar.control.messages.limits import MAX_OPERATOR_WAIT_SECONDS, MAX_WAIT_SECONDS
 from replicar.control.messages.server import FormerKey, HealthSignal, WithDataKey
+from replicar.control.messages.upkeep import Retention
 from replicar.formats.record import Consistency
 from replicar.signals import Level
 
@@ -120,6 +121,9 @@ class PointList(Message):
     The window goes from `ordered_from` to `stored_sequence`, and in time at least to `ordered_until_ns` (inclusive).
     Both are None while storage does not hold a window of the present incarnation. `errors` as in `MachineSummary`.
     `truncated` says that older named points were left out of this reply (they are still there).
+
+    `retention`: what is left in front of the window, named or not; None while nothing was given up. `thinned`: named
+    points that it gave up, newest first; they are offered no more.
     """
 
     machine_id: uuid.UUID
@@ -131,6 +135,8 @@ class PointList(Message):
     truncated: bool = False
     ordered_until_ns: Count | None = None
     errors: tuple[ErrorReport, ...] = ()
+    retention: Retention | None = None
+    thinned: tuple[Point, ...] = ()
 
 
 class MarkRequest(Message):
