@@ -36,6 +36,7 @@ from replicar.errors import PermanentError
 from replicar.formats.changelog import MAX_FILE_BYTES, MIN_FILE_BYTES
 from replicar.nbd.protocol import LOOPBACK
 from replicar.observe.endpoint import MetricsListen
+from replicar.observe.logs import LogFormat, LogFormatSetting
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_AGENT_"
 #: Names the settings file itself; the one variable of that prefix that is no setting.
@@ -199,6 +200,7 @@ class AgentSettings(BaseSettings):
     )
 
     metrics_listen: MetricsListen = ""
+    log_format: LogFormatSetting = LogFormat.TEXT
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

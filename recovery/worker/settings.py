@@ -23,6 +23,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from replicar.observe.endpoint import MetricsListen
+from replicar.observe.logs import LogFormat, LogFormatSetting
 from replicar.settings import FileSettings, Reader
 from replicar.storage.target import StorageTarget
 
@@ -47,6 +48,7 @@ class WorkerSettings(FileSettings):
         float, Field(ge=0, le=86_400, description="how often each log is indexed and thinned; 0: never")
     ] = 900.0
     metrics_listen: MetricsListen = ""
+    log_format: LogFormatSetting = LogFormat.TEXT
     storage: StorageTarget
 
 

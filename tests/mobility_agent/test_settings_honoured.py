@@ -72,6 +72,7 @@ SHOWN: Final = {
         "mobility_agent/test_hooks.py",
         "test_an_application_consistent_mark_lies_between_freeze_and_thaw_and_says_how_long_that_was",
     ),
+    "log_format": ("end_to_end/test_json_logs.py", "log_format"),
     "metrics_listen": ("end_to_end/test_metrics.py", "metrics_listen"),
 }
 
