@@ -21,6 +21,7 @@ class _Reported:
     machines: dict[uuid.UUID, ErrorReport] = field(default_factory=dict)
     signals: tuple[HealthSignal, ...] = ()
     pending: dict[uuid.UUID, int] = field(default_factory=dict)
+    rpo: dict[uuid.UUID, float | None] = field(default_factory=dict)
 
 
 class Troubles:
@@ -33,7 +34,8 @@ class Troubles:
         """Take what a process server says in place of what it said before."""
         machines = {trouble.machine_id: trouble.error for trouble in heartbeat.troubles}
         pending = {machine.machine_id: machine.pending_bytes for machine in heartbeat.machines}
-        self._reported[server_id] = _Reported(heartbeat.errors, machines, heartbeat.signals, pending)
+        rpo = {machine.machine_id: machine.rpo_seconds for machine in heartbeat.machines}
+        self._reported[server_id] = _Reported(heartbeat.errors, machines, heartbeat.signals, pending, rpo)
 
     def of_server(self, server_id: uuid.UUID) -> tuple[ErrorReport, ...]:
         """The process server's own errors."""
@@ -46,6 +48,10 @@ class Troubles:
     def pending_of(self, server_id: uuid.UUID, machine_id: uuid.UUID) -> int:
         """Bytes that the process server has of that machine and that are not stored yet."""
         return self._reported.get(server_id, _Reported()).pending.get(machine_id, 0)
+
+    def rpo_of(self, server_id: uuid.UUID, machine_id: uuid.UUID) -> float | None:
+        """Age of the oldest change that the process server has of that machine and storage has not."""
+        return self._reported.get(server_id, _Reported()).rpo.get(machine_id)
 
     def of_machine(self, server_id: uuid.UUID, machine_id: uuid.UUID) -> tuple[ErrorReport, ...]:
         """What keeps this process server from storing what that machine sends."""
