@@ -33,6 +33,8 @@ def page(connection: sqlite3.Connection, troubles: Troubles, now_ns: int, *, hel
     """
     page = page_of(PART)
     page.gauge(f"{_PREFIX}_held_requests", "Long polls that are held now.", held_requests)
+    text = "Kinds of work by the clock that failed last time, and are tried again."
+    page.gauge(f"{_PREFIX}_failing", text, len(troubles.own))
     machines = overview.summaries(connection, now_ns, troubles)
     page.gauge(f"{_PREFIX}_machines", "Machines of the vault that were not removed.", len(machines))
     for machine in machines:

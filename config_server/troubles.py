@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from replicar.control.message import ErrorReport
 from replicar.control.messages import STORAGE, HealthSignal, ProcessServerHeartbeat
+from replicar.errors import ReplicarError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,28 @@ class _Reported:
 
 
 class Troubles:
-    """The latest errors of every process server that reported since this config server started."""
+    """The latest errors of every process server that reported since this config server started, and its own."""
 
     def __init__(self) -> None:
         self._reported: dict[uuid.UUID, _Reported] = {}
+        self._own: dict[str, ErrorReport] = {}
+
+    @property
+    def own(self) -> tuple[ErrorReport, ...]:
+        """What the config server itself fails at."""
+        return tuple(self._own.values())
+
+    def note_own(self, part: str, error: ReplicarError) -> bool:
+        """Something of the config server's own failed; whether that is news."""
+        report, before = ErrorReport.of(part, error.as_dict()), self._own.get(part)
+        self._own = {**self._own, part: report}
+        return report != before
+
+    def clear_own(self, part: str) -> bool:
+        """It went well; whether that is news."""
+        before = part in self._own
+        self._own = {name: report for name, report in self._own.items() if name != part}
+        return before
 
     def record(self, server_id: uuid.UUID, heartbeat: ProcessServerHeartbeat) -> None:
         """Take what a process server says in place of what it said before."""

@@ -66,6 +66,7 @@ def show_status(console: Console, found: VaultStatus) -> None:
     else:
         console.print("No machine is enrolled yet: mobility-agent enrol --help")
     told: set[str] = set()
+    _show_errors(console, "config server", found.errors, told)
     for server in found.process_servers:
         _show_errors(console, f"process server {server.name}", server.errors, told)
         _show_signals(console, f"process server {server.name}", server.signals)

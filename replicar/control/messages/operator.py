@@ -92,7 +92,7 @@ class ProcessServerSummary(Message):
 
 
 class VaultStatus(Message):
-    """GET /v1/status: the vault at a glance."""
+    """GET /v1/status: the vault at a glance. `errors`: what the config server itself fails at, by part."""
 
     vault: Name
     vault_id: uuid.UUID
@@ -101,6 +101,7 @@ class VaultStatus(Message):
     authority_expires_ns: Count
     machines: tuple[MachineSummary, ...]
     process_servers: tuple[ProcessServerSummary, ...]
+    errors: tuple[ErrorReport, ...] = ()
 
 
 class Point(Message):
