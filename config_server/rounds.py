@@ -15,7 +15,7 @@ from functools import partial
 from typing import Final
 
 from config_server import alerts, lives, parties, policies, upkeep
-from config_server.bells import Bells, Topic
+from config_server.bells import EVERYBODY, Bells, Topic
 from config_server.jobs import book, opening, own
 from config_server.registry import RegistryThread
 from config_server.vault import Vault
@@ -67,7 +67,7 @@ class Rounds:
             await done(partial(own.advance, machine_id=machine_id, now_ns=now_ns))
         begun = await self._registry.run(self._begin_drills)
         if begun:
-            self._bells.ring(Topic.JOBS, uuid.UUID(int=0))
+            self._bells.ring(Topic.JOBS, EVERYBODY)
         if failed:
             raise failed[0]
         return begun
