@@ -29,6 +29,7 @@ from bench.report import Report
 from bench.sealed import FRAMES_A_SEGMENT, WRITE_BYTES, WRITES_A_FRAME, SealedLog, sealed_log
 from recovery.points import AtSequence, locate
 from recovery.view import View
+from replicar.errors import ReplicarError
 from simulator import guest
 
 DEFAULT_GIB: Final = 64
@@ -99,14 +100,18 @@ async def _run(gib: int, points: int, share: int, boots: int, directory: Path | 
     figures, segments = await _opening(gib, points, share)
     blocks = (MATERIALISED_MIB << 20) // WRITE_BYTES
     figures |= await materialise(await sealed_log(MATERIALISED_MIB << 20, blocks // REWRITTEN, 5, is_copied=True))
+    faults: list[str] = []
     remarks = ["the logs' store is in memory: a request costs what Python costs; see first_byte_requests"]
     if missing := guest.missing() or ("" if os.geteuid() == 0 else "its disk is made as root"):
         remarks.append(f"nothing was booted: {missing}")
     elif boots:
         with tempfile.TemporaryDirectory(prefix="replicar-boot-", dir=directory) as scratch:
-            figures |= await recovery_boot.measure(Path(scratch), rounds=boots)
+            try:
+                figures |= await recovery_boot.measure(Path(scratch), rounds=boots)
+            except ReplicarError as error:  # the other figures stand
+                faults.append(f"a guest did not boot: {error.message}")
     parameters = {"gib": gib, "small_gib": SMALL_GIB, "points": points, "share": share, "boots": boots}
-    return Report("recovery", {**parameters, "segments": segments}, figures, remarks=tuple(remarks))
+    return Report("recovery", {**parameters, "segments": segments}, figures, tuple(faults), tuple(remarks))
 
 
 async def _opening(gib: int, points: int, share: int) -> tuple[dict[str, Any], int]:
