@@ -13,7 +13,7 @@ import uuid
 from typing import Final
 
 from config_server import alerts, lives, parties, policies, upkeep
-from config_server.bells import Bells, Topic
+from config_server.bells import EVERYBODY, Bells, Topic
 from config_server.jobs import book, opening, own
 from config_server.registry import RegistryThread
 from config_server.vault import Vault
@@ -54,7 +54,7 @@ class Rounds:
         """One round; returns the drills that were begun."""
         begun = await self._registry.run(self._go)
         if begun:
-            self._bells.ring(Topic.JOBS, uuid.UUID(int=0))
+            self._bells.ring(Topic.JOBS, EVERYBODY)
         return begun
 
     def _go(self, connection: sqlite3.Connection) -> list[Job]:

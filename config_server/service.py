@@ -22,6 +22,7 @@ from aiohttp import web
 from config_server import data_keys, parties, routes
 from config_server.api import Context, application
 from config_server.bells import Bells
+from config_server.events import Events
 from config_server.exposed import page
 from config_server.registry import RegistryThread
 from config_server.rounds import Rounds
@@ -55,8 +56,9 @@ class ConfigServer:
         self.vault = Vault.load(settings.directory)
         self._identity = Identity.load(settings.directory / IDENTITY_DIRECTORY)
         self._tls: ssl.SSLContext | None = None
-        self.registry = RegistryThread(settings.directory / REGISTRY_FILE)
         self.bells = Bells()
+        self.events = Events(self.bells, clock)
+        self.registry = RegistryThread(settings.directory / REGISTRY_FILE, self.events.take)
         self.port = settings.port
 
     async def __aenter__(self) -> ConfigServer:
@@ -78,6 +80,7 @@ class ConfigServer:
                 bells=self.bells,
                 clock=self._clock,
                 heartbeat_seconds=self._settings.heartbeat_seconds,
+                events=self.events,
             )
             runner = web.AppRunner(
                 application(context, routes.ALL),

@@ -51,6 +51,7 @@ from replicar.control.client import ControlClient
 from replicar.errors import PermanentError
 from replicar.formats.record import Consistency
 from replicar.nbd.tls import server_context
+from replicar.observe import logs
 from replicar.observe.endpoint import Endpoint
 from replicar.observe.exposition import Page
 
@@ -106,6 +107,7 @@ class Service:
 
     async def _serve(self, core: Core, client: ControlClient, stop: asyncio.Event) -> None:
         settings, clock = self._settings, self._clock
+        logs.always(machine=core.identity.name, machine_id=str(core.identity.id))
         sender = Sender(
             core.log,
             core.identity,
@@ -143,7 +145,7 @@ class Service:
         seeder = self._seeder = Seeder(core.ladder, clock, bytes_per_second=settings.seed_bytes_per_second or 0)
         async with follower or self._inline(core) as capture:
             for name, address in [*capture.addresses.items(), *settings.files.items()]:
-                _log.info("disk %s is served at %s", name, address)
+                _log.info("disk %s is served at %s", name, address, extra=logs.fields(disk=name))
 
             async def collect() -> Page:
                 return page(self._status(core, sender, control, capture, running=True))

@@ -42,6 +42,7 @@ from replicar.control.files import PUBLIC_MODE, make_directory, write_file
 from replicar.control.identity import Identity, Role
 from replicar.control.messages import ProcessServerAssignment
 from replicar.errors import PermanentError, ReplicarError
+from replicar.observe import logs
 from replicar.observe.endpoint import Endpoint
 from replicar.observe.exposition import Page
 from replicar.storage.retry import RetryTally
@@ -52,6 +53,8 @@ from replicar.tls import reload_certificate, server_context
 CACHE_FILE: Final = "cache"
 PORT_FILE: Final = "port"
 STATUS_SECONDS: Final = 1.0
+#: Of so many machines; of more it comes more rarely, since looking at a thousand every second takes a tenth of a core.
+STATUS_MACHINES: Final = 200
 #: What SIGTERM leaves for uploads; the rest stays in the cache.
 DRAIN_SECONDS: Final = 10.0
 #: Machines are opened when the container was looked at, or after so long in any case.
@@ -231,18 +234,22 @@ class ProcessServer:
             except PermanentError as error:  # a full disk, say: the cache has its space, so the data path goes on
                 self._status_error = error
             self._tell(health)
-            await self._clock.sleep(STATUS_SECONDS)
+            await self._clock.sleep(STATUS_SECONDS * max(1.0, len(health.machines) / STATUS_MACHINES))
 
     def _tell(self, health: ServerHealth) -> None:
-        now = {part: str(data["message"]) for part, data in health.errors.items()}
-        hints = {part: str(data["hint"]) for part, data in health.errors.items()}
+        errors = dict(health.errors)
+        named: dict[str, dict[str, str]] = {}
         for machine in health.machines:
             if machine.error is not None:
-                now[f"machine {machine.name}"] = str(machine.error["message"])
-                hints[f"machine {machine.name}"] = str(machine.error["hint"])
+                errors[f"machine {machine.name}"] = machine.error
+                named[f"machine {machine.name}"] = {"machine": machine.name, "machine_id": str(machine.machine_id)}
+        now = {part: str(error["message"]) for part, error in errors.items()}
         for part, message in now.items():
             if self._told.get(part) != message:
-                _log.warning("%s: %s%s", part, message, f"; {hints[part]}" if hints[part] else "")
+                hint = errors[part]["hint"]
+                facts = {name: value for name, value in errors[part].items() if name != "message" and value}
+                extra = logs.fields(**{**facts, **named.get(part, {})})
+                _log.warning("%s: %s%s", part, message, f"; {hint}" if hint else "", extra=extra)
         for part in self._told.keys() - now.keys():
             _log.info("%s: well again", part)
         self._told = now

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import sys
 from importlib.metadata import version
@@ -13,12 +12,14 @@ from typing import Annotated
 
 import typer
 
+from recovery.worker.exposed import PART
 from recovery.worker.service import Worker
 from recovery.worker.settings import DEFAULT_IDENTITY, WorkerSettings, load_settings
 from replicar.clock import SystemClock
 from replicar.control.enrolment import RegistrationKey, enrol, read_passphrase
 from replicar.control.identity import Role
 from replicar.errors import ReplicarError
+from replicar.observe import logs
 
 app = typer.Typer(
     name="recovery-worker",
@@ -88,16 +89,16 @@ def run(
 
         The environment overrides it: REPLICAR_WORKER_DIRECTORY=/srv/recovered.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("azure").setLevel(logging.WARNING)
-    asyncio.run(_work(load_settings(settings), settings, once))
+    loaded = load_settings(settings)
+    logs.set_up(PART, loaded.log_format)
+    asyncio.run(_work(loaded, settings, once))
 
 
 async def _work(settings: WorkerSettings, file: Path | None, once: bool) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    typer.echo(f"recovery-worker: at work, in {settings.directory}")
+    logs.announce(f"recovery-worker: at work, in {settings.directory}")
     await Worker(settings, file, SystemClock()).run(stop, once=once)
 
 
@@ -115,7 +116,8 @@ def main() -> None:
     try:
         app()
     except ReplicarError as error:
-        typer.echo(f"recovery-worker: {error}", err=True)
+        if not logs.told(error):
+            typer.echo(f"recovery-worker: {error}", err=True)
         sys.exit(error.exit_status)
 
 

@@ -24,6 +24,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from replicar.observe.endpoint import MetricsListen
+from replicar.observe.logs import LogFormat, LogFormatSetting
 from replicar.settings import FileSettings, Reader
 from replicar.storage.target import StorageTarget
 
@@ -51,6 +52,7 @@ class WorkerSettings(FileSettings):
         float, Field(ge=0, le=86_400, description="how often each warm replica is brought on; 0: never")
     ] = 30.0
     metrics_listen: MetricsListen = ""
+    log_format: LogFormatSetting = LogFormat.TEXT
     storage: StorageTarget
 
 

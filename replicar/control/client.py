@@ -15,6 +15,7 @@ from replicar.clock import Clock, SystemClock
 from replicar.control.access_calls import AccessCalls
 from replicar.control.admission import RenewReply, RenewRequest, VaultInfo
 from replicar.control.caller import machine_path
+from replicar.control.event_calls import EventCalls
 from replicar.control.identity import Identity, Role
 from replicar.control.job_calls import JobCalls, WorkerCalls
 from replicar.control.message import Message
@@ -46,7 +47,7 @@ from replicar.tls import client_context, reload_certificate, server_name
 _Reply = TypeVar("_Reply", bound=Message)
 
 
-class ControlClient(JobCalls, WorkerCalls, PolicyCalls, AccessCalls, UpkeepCalls):
+class ControlClient(JobCalls, WorkerCalls, PolicyCalls, AccessCalls, UpkeepCalls, EventCalls):
     """Typed access to the config server; use it as an asynchronous context manager.
 
     Every method raises what `Transport.request` raises: `TransientError` naming host and port when the server can't be

@@ -39,6 +39,7 @@ from replicar.control.messages.agent import (
     HoldReport,
     MarkReport,
 )
+from replicar.control.messages.events import Event, EventKind, Health
 from replicar.control.messages.jobs import (
     LEASE_SECONDS,
     MAX_CLAIMS,
@@ -182,12 +183,15 @@ __all__ = [
     "DiskReport",
     "Drill",
     "DrillList",
+    "Event",
+    "EventKind",
     "FormerKey",
     "GapReport",
     "GroupMember",
     "GroupPoint",
     "GroupRequest",
     "GroupVerdict",
+    "Health",
     "HealthSignal",
     "HoldReport",
     "HoldRequest",
