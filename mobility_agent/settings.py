@@ -52,6 +52,14 @@ class CaptureKind(StrEnum):
     SCAN = "scan"
 
 
+#: What only one kind of capture honours is refused with the others.
+_ONLY_WITH: Final = {
+    "freeze_budget_seconds": CaptureKind.TRACE,
+    "scan_every_seconds": CaptureKind.SCAN,
+    "nbd_tls": CaptureKind.INLINE,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class NbdAddress:
     """Where a disk is served: a Unix socket's `path`, or `host` and `port`."""
@@ -196,6 +204,10 @@ class AgentSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        for name in sorted(self.model_fields_set & _ONLY_WITH.keys()):
+            kind = _ONLY_WITH[name]
+            if self.capture is not kind:
+                raise ValueError(f'{name} is of capture = "{kind}", and means nothing with "{self.capture}": remove it')
         if self.journal_bytes < 2 * self.journal_file_bytes:
             raise ValueError("journal_bytes must be at least twice journal_file_bytes")
         for what, values in (

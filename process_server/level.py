@@ -5,10 +5,10 @@ higher level, that level costs time which nobody waits for. And what was measure
 nobody said anything: while storing is held up by it, the level goes up a rung at a time, as far as the idle processors
 carry it with some to spare, and comes down again when they are needed or when the link holds nothing up any more.
 
-    held up by the link, idle processors enough for the next rung, three looks in a row   -> a rung up
-    processors busy                                                                       -> a rung down at once
-    hardly held up any more, three looks in a row                                         -> a rung down
-    anything else                                                                         -> as it is
+    held up by the link, idle processors enough for the next rung, two looks in a row   -> a rung up
+    processors busy                                                                     -> a rung down at once
+    hardly held up any more, two looks in a row                                         -> a rung down
+    anything else                                                                       -> as it is
 
 So a level changes at most once in a look, and not at all while things are in between; a rung that proves too much for
 the link's own good (sealing becomes the slower one, so that nothing is held up) is left again.
@@ -36,8 +36,8 @@ WIDE: Final = 0.1
 SPARE: Final = 0.5
 BUSY_CORES: Final = 0.2
 #: Looks that have to agree before anything is changed but by need.
-PATIENCE: Final = 3
-LOOK_SECONDS: Final = 2.0
+PATIENCE: Final = 2
+LOOK_SECONDS: Final = 1.0
 
 
 def level_for(configured: int, rate: int | None) -> int:

@@ -189,7 +189,10 @@ class Pipeline:
             if slot.buffer is None:
                 readback = await self._slots.readback.acquire()
             with self._meter.sealing(work.segment.raw_bytes):
-                chunks = await self._sealer.run(self._prepare, work, slot.buffer, readback, out)
+                if readback is None and self._sealer.is_quick(work.segment.raw_bytes):
+                    chunks = self._prepare(work, slot.buffer, None, out)
+                else:
+                    chunks = await self._sealer.run(self._prepare, work, slot.buffer, readback, out)
             before = self._log.tail.digest if previous is None else await previous.chained
             data, work.digest = segment.chain(chunks, before)
             place = await self._log.place(len(data))
@@ -204,7 +207,7 @@ class Pipeline:
     def _prepare(
         self, work: _Work, buffer: memoryview | None, readback: memoryview | None, out: memoryview
     ) -> SealedChunks:
-        """In a thread: get the bytes, compress and encrypt them."""
+        """Get the bytes, compress and encrypt them; in a thread, but for what is quick."""
         each, where = work.segment, work.position
         source = buffer
         try:

@@ -46,17 +46,17 @@ def test_a_narrow_link_gets_a_higher_level_and_never_a_lower_one(configured: int
         (0, PATIENCE - 1, NARROW, 1, 0),
         (2, PATIENCE - 1, NARROW, 3, 0),
         (len(RUNGS), 0, NARROW, len(RUNGS), 0),  # there is no higher one
-        (0, 2, WIDE, 0, 0),  # what had begun is forgotten
-        (0, 2, BETWEEN, 0, 0),
-        (2, 2, WIDE, 2, -1),
+        (0, 1, WIDE, 0, 0),  # what had begun is forgotten
+        (0, 1, BETWEEN, 0, 0),
+        (2, 1, WIDE, 2, -1),
         (2, 1 - PATIENCE, WIDE, 1, 0),
         (2, -1, NARROW, 2, 1),
         (2, 0, BETWEEN, 2, 0),
-        (2, 2, BUSY, 1, 0),  # others need the processors: at once
+        (2, 1, BUSY, 1, 0),  # others need the processors: at once
         (0, 0, BUSY, 0, 0),
         # the next rung would take more than there is to spare: 0.7 of a core, of 0.4
-        (0, 2, Load(held_up=0.9, idle_cores=0.4, bytes_per_second=400 * MB), 0, 0),
-        (1, 2, Load(held_up=0.9, idle_cores=1.9, bytes_per_second=500 * MB), 1, 0),
+        (0, 1, Load(held_up=0.9, idle_cores=0.4, bytes_per_second=400 * MB), 0, 0),
+        (1, 1, Load(held_up=0.9, idle_cores=1.9, bytes_per_second=500 * MB), 1, 0),
     ],
 )
 def test_one_look_moves_the_level_as_the_table_says(
