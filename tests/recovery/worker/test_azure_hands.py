@@ -16,8 +16,8 @@ from bench.certificates import Certificates
 from recovery.output import write_vhd_blob
 from recovery.worker import azure_hands
 from recovery.worker.azure_hands import account_of, azure_target, is_whole
-from recovery.worker.service import Worker, azure_for
-from recovery.worker.settings import AzureSettings, WorkerSettings
+from recovery.worker.service import Worker, azure_for, hands_of
+from recovery.worker.settings import AzureSettings, WorkerSettings, load_settings
 from replicar.control.identity import Role
 from replicar.control.messages import (
     Job,
@@ -30,6 +30,7 @@ from replicar.control.messages import (
     PointKind,
     TargetSettings,
 )
+from replicar.errors import PermanentError
 from replicar.formats import vhd
 from replicar.storage import MemoryStore, StorageTarget, open_store
 from tests.cli.conftest import Stored, store, stored, target
@@ -302,3 +303,18 @@ async def test_a_vhd_counts_as_whole_by_its_own_footer_only() -> None:
         assert not await is_whole(opened, "some.vhd", vhd.MIB)
         await opened.put_pages("some.vhd", vhd.MIB, vhd.pack_footer(vhd.MIB, SOME, 0))
         assert await is_whole(opened, "some.vhd", vhd.MIB)
+
+
+def test_a_settings_file_says_who_asks_and_where_disks_go(tmp_path: Path) -> None:
+    (tmp_path / "key").touch(mode=0o600)
+    file = tmp_path / "worker.toml"
+    account = 'endpoint = "https://shop.blob.core.windows.net"\naccount_name = "shop"\naccount_key_file = "key"\n'
+    azure = f'[azure]\nsubscription_id = "{SUBSCRIPTION}"\nidentity = "managed"\n'
+    file.write_text(f'[storage]\n{account}container = "replicar"\n{azure}[azure.disks]\n{account}container = "disks"\n')
+    settings = load_settings(file)
+    assert settings.azure is not None
+    assert (settings.azure.identity, settings.azure.disks.container) == ("managed", "disks")
+    assert set(hands_of(settings, file, QuickClock())) == {"qemu", "azure"}
+    file.write_text(file.read_text().replace(SUBSCRIPTION, "mine"))
+    with pytest.raises(PermanentError, match="subscription_id"):
+        load_settings(file)
