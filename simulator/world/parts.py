@@ -38,6 +38,8 @@ from simulator.world.processes import Process
 MIB: Final = 1 << 20
 NBD_PORT: Final = 10809
 SERVER_PORT: Final = 9443
+#: What reports come after when nothing happens; news travel at once.
+HEARTBEAT_SECONDS: Final = 20.0
 #: As the product's, with a shorter end: a story is a minute long.
 RETRIES: Final = RetryPolicy(attempts=4, base_seconds=0.25, longest_seconds=5.0, deadline_seconds=30.0)
 _TARGET: Final = StorageTarget(
@@ -102,7 +104,9 @@ async def run_config(
     directory = process.machine.directory / "vault"
     vault = Vault.load(directory)
     async with RegistryThread(directory / REGISTRY_FILE) as registry:
-        context = Context(vault=vault, registry=registry, bells=Bells(), clock=clock, heartbeat_seconds=10.0)
+        context = Context(
+            vault=vault, registry=registry, bells=Bells(), clock=clock, heartbeat_seconds=HEARTBEAT_SECONDS
+        )
         service = services[process.machine.name] = ControlService(process, context)
         listening(service)
         await asyncio.Event().wait()
