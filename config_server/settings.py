@@ -7,29 +7,32 @@ can't be honoured is worse than none.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 from config_server.vault import SETTINGS_FILE
 from replicar.control.messages import DEFAULT_PORT, MAX_WAIT_SECONDS
-from replicar.errors import PermanentError
+from replicar.observe.endpoint import MetricsListen
+from replicar.observe.logs import LogFormat, LogFormatSetting
+from replicar.settings import FileSettings, Reader
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_CONFIG_SERVER_"
 DEFAULT_DIRECTORY: Final = Path("/var/lib/replicar/vault")
 
+_READER: Final = Reader("config server", "config-server run")
 
-class Settings(BaseSettings):
+
+class Settings(FileSettings):
     """What `config-server run` needs to know.
 
     `address` is where the other parts reach this server (`host:port`); it goes into the identities made here. A process
     server that is silent for `takeover_seconds` loses those of its machines that reach nobody; 0: never.
     """
 
-    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX)
 
     directory: Path = DEFAULT_DIRECTORY
     listen: str = "0.0.0.0"  # noqa: S104 - it is there for other machines, and TLS decides who may speak
@@ -37,17 +40,8 @@ class Settings(BaseSettings):
     address: str = ""
     heartbeat_seconds: Annotated[float, Field(ge=1, le=MAX_WAIT_SECONDS)] = 10.0
     takeover_seconds: Annotated[float, Field(ge=0)] = 900.0
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+    metrics_listen: MetricsListen = ""
+    log_format: LogFormatSetting = LogFormat.TEXT
 
 
 def load_settings(file: Path | None = None, **given: Any) -> Settings:
@@ -60,27 +54,5 @@ def load_settings(file: Path | None = None, **given: Any) -> Settings:
         PermanentError: a file that is missing or no TOML, a name that is unknown, a value out of bounds.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    if file is not None and not file.is_file():
-        raise PermanentError(f"no settings file at {file}", hint="check the path given to --settings", path=str(file))
-    try:
-        path = file or _read(None, given).directory / SETTINGS_FILE
-        return _read(path, given)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise PermanentError(
-            f"the setting {name!r} of the config server can't be used: {first['msg']}",
-            hint=f"look in {file or SETTINGS_FILE}, at {ENVIRONMENT_PREFIX}{name.upper()}, and at the options given",
-            setting=name,
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise PermanentError(
-            f"the settings file is no TOML: {error}", hint=f"look in {file or SETTINGS_FILE}"
-        ) from None
-
-
-def _read(file: Path | None, given: dict[str, Any]) -> Settings:
-    class FromFile(Settings):
-        model_config = SettingsConfigDict(toml_file=file)
-
-    return Settings.model_construct(**FromFile(**given).model_dump())
+    beside = file or _READER.read(Settings, None, given).directory / SETTINGS_FILE
+    return _READER.read(Settings, beside if file or beside.is_file() else None, given)

@@ -34,6 +34,7 @@ from mobility_agent.logstate import Past
 from mobility_agent.owner import Owner
 from mobility_agent.regions import DirtyRegions
 from mobility_agent.touched import TouchedRegions
+from replicar.errors import LimitError
 from replicar.formats import frame, record
 from replicar.formats.frame import Flag, Kind
 
@@ -124,12 +125,13 @@ class Ladder:
                 reason = "a disk is new, or has grown"
             self.open_gap(reason)
         for disk in self.disks.values():
-            self.log.append_record(Kind.DISK, record.Disk(disk.index, disk.name, disk.size_bytes))
+            self.log.say(Kind.DISK, record.Disk(disk.index, disk.name, disk.size_bytes))
 
-    def remove(self, disks: Sequence[record.Disk]) -> None:
-        """Say in the stream that these are no longer the machine's."""
+    def remove(self, disks: Sequence[record.Disk]) -> bool:
+        """Say in the stream that these are no longer the machine's; false if there is no room to say it yet."""
         for disk in disks:
-            self.log.append_record(Kind.DISK, replace(disk, action=record.DiskAction.REMOVED))
+            self.log.say(Kind.DISK, replace(disk, action=record.DiskAction.REMOVED))
+        return self.log.say_rest()
 
     def left_out_bytes_of(self, disk: int) -> int:
         """Free space of a disk for which the replica has zeros."""
@@ -145,7 +147,7 @@ class Ladder:
         """Say in the stream that order is not known from here."""
         self.log.state.gap_open = True
         self.log.state.save()
-        self.log.append_record(Kind.GAP, record.Gap(reason), flags=Flag.GAP_BEGIN)
+        self.log.say(Kind.GAP, record.Gap(reason), flags=Flag.GAP_BEGIN)
 
     def note(self, disk: int, offset: int, length: int) -> None:
         """A write that is not in the log is about to be done: the extents rung, or below it the regions'."""
@@ -182,14 +184,14 @@ class Ladder:
                 self.open_gap("the disk failed a write or a flush")
 
     def climb(self) -> bool:
-        """Capture in order again if the log has room; true if order is kept now."""
+        """Capture in order again if the log has room; true if order is kept now, and all is said."""
         if not self.log.ordered and self.log.used_bytes <= self.log.limit_bytes * CLIMB_SHARE:
             self.log.seal()
             self.log.ordered = True
             self._overflowed = self.extents is None
             if self.extents is not None:
                 self.extents.merge()
-        return self.log.ordered
+        return self.log.say_rest() and self.log.ordered
 
     def close_gap(self) -> bool:
         """End the gap if nothing is dirty and order is kept; true if no gap is open now."""
@@ -197,7 +199,10 @@ class Ladder:
             return True
         if not self.log.ordered or not self.is_clean:
             return False
-        self.log.append_record(Kind.GAP, record.Gap("all dirty regions are copied"), flags=Flag.GAP_END)
+        try:
+            self.log.append_record(Kind.GAP, record.Gap("all dirty regions are copied"), flags=Flag.GAP_END)
+        except LimitError:
+            return False  # it stays open until there is room
         self.log.state.gap_open = False
         self.log.state.save()
         return True

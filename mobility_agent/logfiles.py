@@ -42,7 +42,10 @@ class Recovered:
     @property
     def sound_until(self) -> int:
         """Everything before this sequence that was not trimmed is there."""
-        return self.next_sequence if self.damaged_from is None else min(self.damaged_from, self.next_sequence)
+        if self.damaged_from is None:
+            return self.next_sequence
+        # Where nothing else is left, all that lay in front of the damage was trimmed.
+        return min(self.damaged_from, self.next_sequence) if self.next_sequence else self.damaged_from
 
 
 class LogFiles:

@@ -27,23 +27,23 @@ honoured is worse than none.
 
 from __future__ import annotations
 
-import os
 import socket
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from process_server.bandwidth import DAYS, LEAST_BYTES_PER_SECOND, Day, Schedule, Window
 from process_server.cache import MIN_SLOTS, PAYLOAD_BYTES, SLOT_BYTES
 from process_server.logwriter import MIN_BLOB_BYTES, LogLimits
 from process_server.machine import Tuning
 from process_server.watermarks import MAX_WEIGHT
-from replicar.errors import PermanentError
 from replicar.formats.logblob import MAX_STRIPES
 from replicar.formats.wire import DEFAULT_PORT
+from replicar.observe.endpoint import MetricsListen
+from replicar.observe.logs import LogFormat, LogFormatSetting
+from replicar.settings import FileSettings, Reader
 from replicar.storage.target import StorageTarget
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_PS_"
@@ -51,6 +51,8 @@ DEFAULT_DIRECTORY: Final = Path("/var/lib/replicar/process-server")
 MAX_BLOB_BYTES: Final = 8 << 40
 MAX_WINDOWS: Final = 64
 MAX_WEIGHTS: Final = 4096
+
+_READER: Final = Reader("process server", "process-server run")
 
 Bytes = Annotated[int, Field(gt=0)]
 Rate = Annotated[int, Field(ge=0, description="bytes a second; 0 for no limit")]
@@ -109,16 +111,10 @@ def _rate(bytes_per_second: int) -> int | None:
     return bytes_per_second or None
 
 
-class Settings(BaseSettings):
+class Settings(FileSettings):
     """What `process-server run` needs to know; `storage` has no default."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX,
-        env_nested_delimiter="__",
-        extra="forbid",
-        frozen=True,
-        hide_input_in_errors=True,
-    )
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX)
 
     directory: Annotated[Path, Field(description="identity, cache and state")] = DEFAULT_DIRECTORY
     listen_host: Annotated[str, Field(description="local address to listen on")] = "0.0.0.0"  # noqa: S104 - mutual TLS
@@ -132,20 +128,11 @@ class Settings(BaseSettings):
     log_stripes: Annotated[int, Field(ge=1, le=MAX_STRIPES)] = 8
     log_blob_bytes: Annotated[int, Field(ge=MIN_BLOB_BYTES, le=MAX_BLOB_BYTES, multiple_of=512)] = 4 << 30
     heartbeat_seconds: Annotated[float, Field(gt=0, le=30, description="how often it reports")] = 10.0
+    metrics_listen: MetricsListen = ""
+    log_format: LogFormatSetting = LogFormat.TEXT
     bandwidth: BandwidthSettings = BandwidthSettings()
-    weights: Annotated[dict[str, Weight], Field(max_length=MAX_WEIGHTS, description="shares, by machine")] = {}
+    weights: Annotated[dict[str, Weight], Field(max_length=MAX_WEIGHTS, description="shares, by machine")] = {}  # noqa: RUF012 - pydantic copies it
     storage: StorageTarget
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     def tuning(self) -> Tuning:
         """The part of it that concerns a machine's stream."""
@@ -170,39 +157,4 @@ def load_settings(file: Path | None) -> Settings:
     Raises:
         PermanentError: a file that is missing or no TOML, a name that is unknown, a value out of bounds.
     """
-    if file is not None and not file.is_file():
-        raise PermanentError(f"no settings file at {file}", hint="check the path given to --settings", path=str(file))
-    _refuse_unknown_environment()
-
-    class FromFile(Settings):
-        model_config = SettingsConfigDict(toml_file=file)
-
-    try:
-        loaded: dict[str, Any] = {name: value for name, value in FromFile()}  # noqa: C416 - fields, not a dump
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise PermanentError(
-            f"the setting {name!r} of the process server can't be used: {first['msg']}",
-            hint=f"look in {file or 'the settings file'} and at {_variable(name)}; see `process-server run --help`",
-            setting=name,
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise PermanentError(f"the settings file {file} is no TOML: {error}", hint="look at that line") from None
-    return Settings.model_construct(**loaded)
-
-
-def _variable(name: str) -> str:
-    return ENVIRONMENT_PREFIX + name.upper().replace(".", "__")
-
-
-def _refuse_unknown_environment() -> None:
-    """A misspelt variable would be ignored otherwise."""
-    for variable in os.environ:
-        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")[0]
-        if variable.startswith(ENVIRONMENT_PREFIX) and name not in Settings.model_fields:
-            raise PermanentError(
-                f"the environment sets {variable}, which the process server does not know",
-                hint="known are: " + ", ".join(_variable(field) for field in Settings.model_fields),
-                setting=variable,
-            )
+    return _READER.read(Settings, file)

@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
@@ -26,10 +26,11 @@ JOB_SECONDS: Final = 240.0
 
 
 class RecoveryHost:
-    """See the module; an asynchronous context manager inside that of the cluster."""
+    """See the module; an asynchronous context manager inside that of the cluster. `settings`: more of the worker's."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, settings: Mapping[str, Any] | None = None) -> None:
         self._cluster = cluster
+        self._more = dict(settings or {})
         # Sockets lie below it, so its path is short.
         self.directory = Path(tempfile.mkdtemp(prefix="replicar-r-"))
         identity, self._settings = cluster.directory / "worker", self.directory / "settings.toml"
@@ -49,7 +50,7 @@ class RecoveryHost:
             "directory": str(self.directory),
             "storage": self._cluster.target_fields(),
         }
-        write_toml(self._settings, fields)
+        write_toml(self._settings, fields | self._more)
         self.child.start()
         return self
 

@@ -29,8 +29,8 @@ SAID_BYTES: Final = 16 << 10
 _PIECE_BYTES: Final = 4096
 
 
-async def run_check(program: Path, told: Mapping[str, str], seconds: float) -> str:
-    """Run it; what it said.
+async def run_check(program: Path, told: Mapping[str, str], seconds: float, *, what: str = "check") -> str:
+    """Run it; what it said. `what` is what errors call it.
 
     Raises:
         PermanentError: it can't be started, ended with another status than 0, or took longer than `seconds`.
@@ -42,7 +42,7 @@ async def run_check(program: Path, told: Mapping[str, str], seconds: float) -> s
         )
     except OSError as error:
         raise PermanentError(
-            f"the check {program} can't be run: {error.strerror}",
+            f"the {what} {program} can't be run: {error.strerror}",
             hint="it has to be an executable file with its #! line",
         ) from None
     said = bytearray()
@@ -51,7 +51,7 @@ async def run_check(program: Path, told: Mapping[str, str], seconds: float) -> s
             status = await _listen(process, said)
     except TimeoutError:
         raise PermanentError(
-            f"the check {program} did not end within {seconds:.0f} s", hint=_end_of(said), check=str(program)
+            f"the {what} {program} did not end within {seconds:.0f} s", hint=_end_of(said), check=str(program)
         ) from None
     finally:
         with suppress(ProcessLookupError):  # what it left running as well
@@ -60,7 +60,7 @@ async def run_check(program: Path, told: Mapping[str, str], seconds: float) -> s
     text = _end_of(said)
     if status:
         raise PermanentError(
-            f"the check {program} found fault: it ended with status {status}", hint=text, check=str(program)
+            f"the {what} {program} found fault: it ended with status {status}", hint=text, check=str(program)
         )
     return text
 

@@ -6,6 +6,7 @@ desk, rounds     one job in hand: its lease, its steps, what is found; carrying 
 logs             the machine's log and its keys, a view of a point
 hands, made      what makes and removes machines, and what they are called
 keeper, exporter a process that serves a point's disks for as long as a machine runs from them
+upkeep           what is done by the clock: folding
 outward          the steps of drills and failovers
 homeward         the steps of failback and re-protection
 """

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Final
 
 from recovery.fence import fence
-from recovery.moments import format_moment
 from recovery.points import AtSequence, Latest, Request
 from recovery.view import View
 from recovery.worker.desk import Desk
@@ -21,6 +20,7 @@ from recovery.worker.rounds import Work
 from recovery.worker.source import shut_down_source
 from replicar.control.messages import Job, JobKind, PointKind
 from replicar.errors import PermanentError, TransientError
+from replicar.moments import format_moment
 from replicar.storage.store import PageBlobStore
 
 #: What a source that is still there may take to store what it has captured, before it is fenced.

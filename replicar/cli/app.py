@@ -16,6 +16,7 @@ from replicar.cli import (
     jobs,
     keys,
     mount,
+    plans,
     protection,
     recover,
     replica,
@@ -72,7 +73,7 @@ for step in circle.COMMANDS:
     app.command()(step)
 app.command()(arrangements.alerts)
 app.command()(access_tokens.audit)
-for group in (access_tokens.app, jobs.app, replica.app, arrangements.policy_app, arrangements.target_app):
+for group in (access_tokens.app, jobs.app, plans.app, replica.app, arrangements.policy_app, arrangements.target_app):
     app.add_typer(group)
 
 

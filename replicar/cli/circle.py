@@ -13,7 +13,6 @@ from typing import Annotated, Final
 import typer
 from pydantic import ValidationError
 
-from recovery.moments import parse_moment
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, run
 from replicar.cli.following import Timeout, Wait, carried_out, follow
 from replicar.cli.settings import load_settings
@@ -28,6 +27,7 @@ from replicar.control.messages import (
     PointKind,
 )
 from replicar.errors import PermanentError
+from replicar.moments import parse_moment
 
 PointName = Annotated[str | None, typer.Option("--point", help="A named point.", show_default=False)]
 At = Annotated[

@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from recovery.chunks import MachineLog
-from recovery.moments import format_moment
 from recovery.points import Latest, Request, locate
 from recovery.replica.journal import Phase
 from recovery.replica.warm import Round, WarmReplica, read_journal
@@ -22,6 +21,7 @@ from replicar.cli.export import until_told
 from replicar.cli.settings import load_settings
 from replicar.clock import SystemClock
 from replicar.errors import PermanentError, TransientError
+from replicar.moments import format_moment
 
 app = typer.Typer(
     name="replica", help="A machine's warm replica: VHD blobs kept close behind its log.", no_args_is_help=True

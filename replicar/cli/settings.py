@@ -15,21 +15,26 @@ unknown name in the file is refused, never ignored.
 
 from __future__ import annotations
 
+import logging
 import os
-import tomllib
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import SettingsConfigDict
 
 from replicar.control.client import ControlClient
 from replicar.control.identity import Identity
 from replicar.errors import PermanentError
+from replicar.observe import logs
+from replicar.observe.logs import LogFormat, LogFormatSetting
+from replicar.settings import FileSettings, Reader
 from replicar.storage.target import StorageTarget
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_"
 SETTINGS_VARIABLE: Final = "REPLICAR_SETTINGS"
+
+#: Other parts' variables begin with its prefix too.
+_READER: Final = Reader("", "replicar", owns_prefix=False)
 
 
 def default_file() -> Path:
@@ -38,27 +43,15 @@ def default_file() -> Path:
     return Path(base) / "replicar" / "replicar.toml"
 
 
-class OperatorSettings(BaseSettings):
+class OperatorSettings(FileSettings):
     """See the module. What a sub-command needs and nobody set is refused when it is asked for."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX)
 
     identity: Path | None = None
     config_server: str | None = None
     storage: StorageTarget | None = None
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+    log_format: LogFormatSetting = LogFormat.TEXT
 
     def control(self) -> ControlClient:
         """A client of the config server with the operator's identity; an asynchronous context manager.
@@ -94,31 +87,14 @@ class OperatorSettings(BaseSettings):
 
 
 def load_settings(file: Path | None) -> OperatorSettings:
-    """Settings from the environment and a file: the one that is named, or the default one if it is there.
+    """Settings from the environment and a file: the one that is named, or the default one if it is there. What the
+    command logs beside its result is written from then on as they say.
 
     Raises:
         PermanentError: a file that is missing or no TOML, a name that is unknown, a value that can't be used.
     """
-    if file is not None and not file.is_file():
-        raise PermanentError(f"no settings file at {file}", hint="check the path given to --settings", path=str(file))
     found = file or (default_file() if default_file().is_file() else None)
-
-    class FromFile(OperatorSettings):
-        model_config = SettingsConfigDict(toml_file=found)
-
-    try:
-        loaded: dict[str, Any] = {name: value for name, value in FromFile()}  # noqa: C416 - fields, not a dump
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        variable = ENVIRONMENT_PREFIX + name.upper().replace(".", "__")
-        raise PermanentError(
-            f"the setting {name!r} can't be used: {first['msg']}",
-            hint=f"look in {found or 'the settings file'} and at {variable}",
-            setting=name,
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise PermanentError(f"the settings file {found} is no TOML: {error}", hint="look at that line") from None
-    except OSError as error:
-        raise PermanentError(f"can't read {found}: {error.strerror}", hint="check its owner and mode") from error
-    return OperatorSettings.model_construct(**loaded)
+    settings = _READER.read(OperatorSettings, found)
+    if settings.log_format is LogFormat.JSON:
+        logs.set_up("replicar", settings.log_format, level=logging.WARNING)
+    return settings

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from recovery.history import History
-from recovery.moments import format_moment
 from recovery.points import survey
 from replicar.cli import groups, overview
 from replicar.cli.access import MachineId, VaultKeyFile, open_machine
@@ -21,6 +20,7 @@ from replicar.control.client import ControlClient
 from replicar.control.messages import MAX_WAIT_SECONDS, Point, PointList
 from replicar.errors import TransientError
 from replicar.formats.record import Consistency
+from replicar.moments import format_moment
 
 #: What `status` ends with while a protected machine is not being stored; no error of the common tree has it.
 NOT_STORING_STATUS: Final = 7

@@ -19,6 +19,7 @@ from pydantic import ByteSize, SecretStr
 
 from config_server.api import Context
 from config_server.bells import Bells
+from config_server.events import Events
 from config_server.registry import RegistryThread
 from config_server.vault import REGISTRY_FILE, Vault
 from mobility_agent.service import Service
@@ -104,8 +105,10 @@ async def run_config(
     directory = process.machine.directory / "vault"
     vault = Vault.load(directory)
     async with RegistryThread(directory / REGISTRY_FILE) as registry:
+        bells = Bells()
+        events = Events(bells, clock)  # nobody listens
         context = Context(
-            vault=vault, registry=registry, bells=Bells(), clock=clock, heartbeat_seconds=HEARTBEAT_SECONDS
+            vault=vault, registry=registry, bells=bells, clock=clock, heartbeat_seconds=HEARTBEAT_SECONDS, events=events
         )
         service = services[process.machine.name] = ControlService(process, context)
         listening(service)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from replicar.cli import watched
 from replicar.control.messages import JobKind, JobState
 from tests.cli.conftest import Ended, Operator, operator_settings
 from tests.config_server.script import FAULT, Script, life
@@ -95,6 +96,26 @@ async def test_the_exit_status_and_the_cause_are_those_of_the_job(
     assert ended.status == 1
     assert "the hypervisor is away" in ended.output
     assert "start it" in ended.output
+
+
+async def test_a_job_is_followed_by_what_the_server_tells_and_not_by_asking(
+    protected: Cast, operator: Operator, working: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched, "LOOK_SECONDS", 3600.0)
+    assert (await operator("drill", "db1", "--timeout", "120")).status == 0
+
+
+async def test_a_job_is_followed_by_asking_while_nothing_is_told(
+    protected: Cast, operator: Operator, worker: Script
+) -> None:
+    protected.house.server.bells.close()  # every line ends at once
+    async with asyncio.TaskGroup() as group:
+        asked = group.create_task(operator("drill", "db1", "--timeout", "120"))
+        while await worker.claim() is None:
+            await asyncio.sleep(0.05)
+        await worker.do_steps()
+        await worker.end()
+    assert asked.result().status == 0
 
 
 async def test_cancelling_a_failover_that_runs_leaves_the_machine_protected(

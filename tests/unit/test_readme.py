@@ -1,8 +1,9 @@
-"""The README names commands, options and settings that exist, and shows what it promises to show."""
+"""README and operator's guide name commands, options and settings that exist, and show what they promise to show."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from mobility_agent.cli import app as mobility_agent
 from mobility_agent.settings import AgentSettings
 from process_server.cli import app as process_server
 from process_server.settings import Settings as ProcessServerSettings
+from recovery.plans import read_plan
 from replicar.cli.app import app as replicar
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "operating.md").read_text()
 APPS = {
     "replicar": replicar,
     "mobility-agent": mobility_agent,
@@ -26,19 +30,19 @@ APPS = {
 
 
 def _shell_lines() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", README + GUIDE, re.DOTALL)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
-CALLS = [line.split("#")[0].split() for line in _shell_lines() if line.split(" ")[0] in APPS]
+CALLS = [shlex.split(line, comments=True) for line in _shell_lines() if line.split(" ")[0] in APPS]
 
 
 #: Commands that have commands of their own.
-GROUPS = {"vault-key", "policy", "target", "jobs", "token"}
+GROUPS = {"vault-key", "policy", "target", "jobs", "token", "plan", "replica"}
 
 
 @pytest.mark.parametrize("call", CALLS, ids=" ".join)
-def test_a_command_that_the_readme_shows_exists_with_its_options(call: list[str]) -> None:
+def test_a_command_that_is_shown_exists_with_its_options(call: list[str]) -> None:
     shown = CliRunner().invoke(
         APPS[call[0]],
         [*call[1 : 3 if call[1] in GROUPS else 2], "--help"],
@@ -47,6 +51,12 @@ def test_a_command_that_the_readme_shows_exists_with_its_options(call: list[str]
     assert shown.exit_code == 0, shown.output
     for option in (word for word in call if word.startswith("--")):
         assert option in shown.output
+
+
+def test_the_plan_that_the_guide_shows_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(name = .*?)```", GUIDE, re.DOTALL)
+    (tmp_path / "shop.toml").write_text(text)
+    assert [str(step) for step in read_plan(tmp_path / "shop.toml").steps][-1] == "web1, web2"
 
 
 def test_the_settings_that_the_readme_shows_are_settings() -> None:
