@@ -78,7 +78,7 @@ TIMEOUT 1
 LABEL linux
  LINUX /boot/vmlinuz
  INITRD /boot/initrd.gz
- APPEND console=ttyS0 quiet panic=-1
+ APPEND console=ttyS0 quiet panic=-1 no_timer_check
 """
 
 

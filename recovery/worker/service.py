@@ -27,7 +27,7 @@ from recovery.worker.homeward import Homeward
 from recovery.worker.outward import Outward
 from recovery.worker.rounds import Work, carry_out
 from recovery.worker.settings import WorkerSettings
-from recovery.worker.upkeep import Upkeep, fold
+from recovery.worker.upkeep import Chore, Upkeep, bring_on, fold
 from replicar.clock import Clock
 from replicar.control.client import ControlClient
 from replicar.control.files import make_directory
@@ -97,12 +97,14 @@ class Worker:
                 await asyncio.gather(*running, return_exceptions=True)
 
     def _upkeep(self, control: ControlClient, store: PageBlobStore, instance: str) -> list[Upkeep]:
-        every = self._settings.fold_seconds
-        if not every:
-            return []
-        chore = partial(fold, clock=self._clock)
+        chores: list[tuple[UpkeepKind, Chore, float]] = [
+            (UpkeepKind.FOLD, partial(fold, clock=self._clock), self._settings.fold_seconds),
+            (UpkeepKind.REPLICA, partial(bring_on, clock=self._clock), self._settings.replica_seconds),
+        ]
         return [
-            Upkeep(UpkeepKind.FOLD, chore, control, store, clock=self._clock, instance=instance, every_seconds=every)
+            Upkeep(kind, chore, control, store, clock=self._clock, instance=instance, every_seconds=every)
+            for kind, chore, every in chores
+            if every
         ]
 
     async def _jobs(

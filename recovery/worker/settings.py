@@ -4,6 +4,7 @@
     directory = "/var/lib/replicar/recovered"        # machines, overlays, evidence; a short path
     accelerator = "tcg"                              # "kvm" where this host has it
     fold_seconds = 900                               # how often each machine's log is indexed and thinned; 0: not here
+    replica_seconds = 30                             # how often each warm replica is brought on; 0: not here
 
     [storage]                                        # as a process server's
     endpoint = "https://NAME.blob.core.windows.net"
@@ -47,6 +48,9 @@ class WorkerSettings(FileSettings):
     fold_seconds: Annotated[
         float, Field(ge=0, le=86_400, description="how often each log is indexed and thinned; 0: never")
     ] = 900.0
+    replica_seconds: Annotated[
+        float, Field(ge=0, le=86_400, description="how often each warm replica is brought on; 0: never")
+    ] = 30.0
     metrics_listen: MetricsListen = ""
     log_format: LogFormatSetting = LogFormat.TEXT
     storage: StorageTarget

@@ -283,8 +283,16 @@ def open_table(header: SegmentHeader, sealed_table: Buffer, data_key: bytes) -> 
     return sections.read_table(index, header, cipher.digest(raw_header, memoryview(sealed_table)[-TAG_BYTES:]))
 
 
-def open_chunk(table: SegmentTable, index: int, sealed_chunk: Buffer, data_key: bytes) -> bytes:
+def open_key(header: SegmentHeader, data_key: bytes) -> AESGCM:
+    """The key of a segment's chunks, for whoever opens several of them; use it in one thread at a time."""
+    return cipher.segment_key(data_key, header.salt, header.position)
+
+
+def open_chunk(table: SegmentTable, index: int, sealed_chunk: Buffer, key: bytes | AESGCM) -> bytes:
     """Decrypt, verify and decompress chunk `index`, given its bytes at chunk_offsets[index : index + 2].
+
+    Args:
+        key: the machine's data key, or what `open_key` made of it.
 
     Raises:
         CorruptionError: wrong key, altered bytes, or a length that does not fit.
@@ -298,8 +306,8 @@ def open_chunk(table: SegmentTable, index: int, sealed_chunk: Buffer, data_key: 
     if len(sealed_chunk) != int(entry["sealed_bytes"]) or bytes(sealed_chunk[-TAG_BYTES:]) != bytes(entry["tag"]):
         raise CorruptionError(f"{what} is not the one its table names", number=number)
     associated = cipher.chunk_data(header.position, index, raw_bytes, codec)
-    key = cipher.segment_key(data_key, header.salt, header.position)
-    data = cipher.open_section(key, index + 1, sealed_chunk, associated, what, number)
+    opener = key if isinstance(key, AESGCM) else open_key(header, key)
+    data = cipher.open_section(opener, index + 1, sealed_chunk, associated, what, number)
     if codec == CODEC_ZSTD:
         data = cipher.decompress(data, raw_bytes, what, number)
     if len(data) != raw_bytes:
