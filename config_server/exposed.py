@@ -33,6 +33,8 @@ def page(connection: sqlite3.Connection, troubles: Troubles, now_ns: int, *, hel
     """
     page = page_of(PART)
     page.gauge(f"{_PREFIX}_held_requests", "Long polls that are held now.", held_requests)
+    text = "Kinds of work by the clock that failed last time, and are tried again."
+    page.gauge(f"{_PREFIX}_failing", text, len(troubles.own))
     machines = overview.summaries(connection, now_ns, troubles)
     page.gauge(f"{_PREFIX}_machines", "Machines of the vault that were not removed.", len(machines))
     for machine in machines:
@@ -62,6 +64,9 @@ def _machine(page: Page, connection: sqlite3.Connection, machine: MachineSummary
     page.one_of(f"{_MACHINE}_life", "1 for where it is in the circle.", LifeState, machine.life, "life", **who)
     text = "RPO: what the agent said last, and the time since then."
     reported = row["report"] is not None
+    for signal in machine.signals:
+        health = "Health by signal: 0 healthy, 1 warning, 2 critical."
+        page.gauge(f"{_MACHINE}_signal_level", health, rank(signal.level), **who, signal=signal.name)
     page.gauge(f"{_MACHINE}_rpo_seconds", text, alerts.rpo_seconds(row, now_ns) if reported else None, **who)
     text = "Bytes captured and not in storage: in the agent's log, and of those in the process server."
     page.gauge(f"{_MACHINE}_transit_bytes", text, machine.source_bytes, **who, stage="log")

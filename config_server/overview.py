@@ -7,7 +7,7 @@ import uuid
 from dataclasses import asdict
 from typing import Final
 
-from config_server import lives, points, upkeep
+from config_server import lives, machine_health, points, upkeep
 from config_server.machines import LIVE_SECONDS, MACHINES, machine_row
 from config_server.parties import Party
 from config_server.troubles import Troubles
@@ -117,6 +117,7 @@ def _server(row: sqlite3.Row, now_ns: int, troubles: Troubles) -> ProcessServerS
 def _summary(connection: sqlite3.Connection, row: sqlite3.Row, now_ns: int, troubles: Troubles) -> MachineSummary:
     report, errors = _report(row), _errors(row, now_ns, troubles)
     machine_id = uuid.UUID(row["id"])
+    signals = machine_health.signals(connection, row, report, now_ns)
     return MachineSummary(
         id=machine_id,
         name=row["name"],
@@ -149,7 +150,16 @@ def _summary(connection: sqlite3.Connection, row: sqlite3.Row, now_ns: int, trou
         life_since_ns=lives.stored(connection, machine_id).since_ns,
         storing=not errors,
         errors=errors,
+        server_rpo_seconds=_server_rpo(row, troubles),
+        health=worst(signal.level for signal in signals),
+        signals=signals,
     )
+
+
+def _server_rpo(row: sqlite3.Row, troubles: Troubles) -> float | None:
+    if row["process_server_id"] is None:
+        return None
+    return troubles.rpo_of(uuid.UUID(row["process_server_id"]), uuid.UUID(row["id"]))
 
 
 def _pending(row: sqlite3.Row, troubles: Troubles) -> int:

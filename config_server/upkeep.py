@@ -17,7 +17,7 @@ import uuid
 from typing import Final
 
 from config_server import alerts, lives, policies
-from config_server.lifecycle import REPLICATING
+from config_server.lifecycle import RECOVERABLE, REPLICATING
 from config_server.machines import machine_row
 from config_server.parties import Party
 from replicar.control.messages import (
@@ -36,6 +36,8 @@ from replicar.errors import FencedError
 
 #: Where a machine's past is given up by the clock; a drill reads from a pinned point, which stays.
 KEPT_UP: Final = REPLICATING | {LifeState.TEST_FAILOVER, LifeState.CLEAN_UP_PENDING}
+#: Where there is a point for a warm replica to hold.
+WARMED: Final = RECOVERABLE | {LifeState.TEST_FAILOVER, LifeState.CLEAN_UP_PENDING}
 #: Alerts: it failed, or nobody has done it for long although somebody did before.
 FAILING: Final = {UpkeepKind.FOLD: "fold-failing", UpkeepKind.REPLICA: "replica-failing"}
 OVERDUE: Final = {UpkeepKind.FOLD: "fold-overdue", UpkeepKind.REPLICA: "replica-overdue"}
@@ -169,7 +171,10 @@ def _machine(connection: sqlite3.Connection, machine_id: uuid.UUID) -> ClaimedMa
 def _is_wanted(connection: sqlite3.Connection, machine_id: uuid.UUID, kind: UpkeepKind) -> bool:
     if lives.stored(connection, machine_id).state not in KEPT_UP:
         return False
-    return kind is not UpkeepKind.REPLICA or policies.of_machine(connection, machine_id).replica == "warm"
+    if kind is UpkeepKind.FOLD:
+        return True
+    is_warm = policies.of_machine(connection, machine_id).replica == "warm"
+    return is_warm and lives.state_of(connection, machine_id) in WARMED
 
 
 def _owner(worker: Party, instance: str) -> str:

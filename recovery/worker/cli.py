@@ -74,19 +74,20 @@ def run(
 ) -> None:
     """Carry out jobs until SIGTERM or Ctrl-C, and keep machines' logs indexed and thinned by their policies meanwhile.
 
-      \b
-      A settings file:
-        identity = "/var/lib/replicar/worker"        # where `enrol` put it
-        directory = "/var/lib/replicar/recovered"    # machines, overlays, evidence
-        accelerator = "tcg"                          # "kvm" where this host has it
-    fold_seconds = 900                           # how often logs are indexed and thinned; 0: not by this worker
-        [storage]                                    # as a process server's
-        endpoint = "https://NAME.blob.core.windows.net"
-        account_name = "NAME"
-        account_key_file = "/etc/replicar/account.key"
-        container = "replicar"
+        \b
+        A settings file:
+          identity = "/var/lib/replicar/worker"        # where `enrol` put it
+          directory = "/var/lib/replicar/recovered"    # machines, overlays, evidence
+          accelerator = "tcg"                          # "kvm" where this host has it
+      fold_seconds = 900                           # how often logs are indexed and thinned; 0: not by this worker
+    replica_seconds = 30                         # how often warm replicas are brought on; 0: not by this worker
+          [storage]                                    # as a process server's
+          endpoint = "https://NAME.blob.core.windows.net"
+          account_name = "NAME"
+          account_key_file = "/etc/replicar/account.key"
+          container = "replicar"
 
-      The environment overrides it: REPLICAR_WORKER_DIRECTORY=/srv/recovered.
+        The environment overrides it: REPLICAR_WORKER_DIRECTORY=/srv/recovered.
     """
     loaded = load_settings(settings)
     logs.set_up(PART, loaded.log_format)

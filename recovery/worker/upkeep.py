@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Final, TypeAlias
 
 from recovery.chunks import MachineLog
+from recovery.replica.warm import WarmReplica
 from recovery.upkeep import keep_up, retention_policy
 from replicar.clock import Clock
 from replicar.control.client import ControlClient
@@ -57,6 +58,13 @@ async def fold(log: MachineLog, machine: ClaimedMachine, policy: Policy, *, cloc
     stored = Stored(machine.stored_segment or 0, 0, bytes.fromhex(machine.stored_digest))
     kept = await keep_up(log, retention_policy(policy), clock=clock, random=os.urandom, stored=stored)
     return kept.retention
+
+
+async def bring_on(log: MachineLog, machine: ClaimedMachine, policy: Policy, *, clock: Clock) -> None:
+    """Bring a machine's warm replica on to its latest point. Raises as `WarmReplica.advance`."""
+    digest = bytes.fromhex(machine.stored_digest) or None
+    async with WarmReplica(log, log.store, clock=clock, random=os.urandom) as replica:
+        await replica.advance(stored_number=machine.stored_segment or 0, stored_digest=digest)
 
 
 class Upkeep:

@@ -16,17 +16,19 @@ from rich.table import Table
 from replicar.cli.console import duration, row, size, table
 from replicar.control.message import ErrorReport
 from replicar.control.messages import (
+    HealthSignal,
     LifeState,
     MachineState,
     MachineSummary,
     PointList,
-    ProcessServerSummary,
     VaultStatus,
 )
 from replicar.moments import format_moment
 from replicar.signals import Level
 
 NOT_STORING: Final = "not storing"
+#: Signals of machines that their errors tell as well.
+_SAID_BY_ERRORS: Final = ("heartbeat", "process server")
 _SHORT: Final = {
     str(MachineState.INITIAL_REPLICATION): "replicating",
     str(MachineState.RESYNCHRONISING): "resyncing",
@@ -64,9 +66,10 @@ def show_status(console: Console, found: VaultStatus) -> None:
     else:
         console.print("No machine is enrolled yet: mobility-agent enrol --help")
     told: set[str] = set()
+    _show_errors(console, "config server", found.errors, told)
     for server in found.process_servers:
         _show_errors(console, f"process server {server.name}", server.errors, told)
-        _show_signals(console, server)
+        _show_signals(console, f"process server {server.name}", server.signals)
     _show_machine_errors(console, found.machines, told)
 
 
@@ -189,15 +192,18 @@ def _show_machine_errors(console: Console, found: Iterable[MachineSummary], told
         if machine.errors and all(error.message in told for error in machine.errors):
             console.print(f"\n[bold red]{escape(what)}[/]: as said above", soft_wrap=True)
         _show_errors(console, what, machine.errors, told)
+        # Silence and a way that is barred are errors as well, and were said just now.
+        rest = [signal for signal in machine.signals if not (machine.errors and signal.name in _SAID_BY_ERRORS)]
+        _show_signals(console, f"machine {machine.name}", rest)
 
 
-def _show_signals(console: Console, server: ProcessServerSummary) -> None:
-    """What is not well with a process server, with its next step."""
-    for signal in server.signals:
+def _show_signals(console: Console, who: str, signals: Iterable[HealthSignal]) -> None:
+    """What is not well with somebody, with its next step."""
+    for signal in signals:
         if signal.level == Level.HEALTHY:
             continue
         colour = "bold red" if signal.level == Level.CRITICAL else "bold yellow"
-        what = f"process server {server.name} is in {signal.level} health"
+        what = f"{who} is in {signal.level} health"
         console.print(f"\n[{colour}]{escape(what)}[/]: {escape(signal.cause)}", soft_wrap=True)
         console.print(f"next step: {escape(signal.hint)}", soft_wrap=True)
 

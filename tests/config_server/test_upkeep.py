@@ -87,6 +87,8 @@ async def test_only_machines_that_replicate_and_have_a_log_are_kept_up(
     await cast.report_stored(9, stored_segment=1)
     assert await claimed(worker.client, kind=REPLICA) is None, "its policy wants none"
     await cast.operator.set_policy(Policy(name="default", replica="warm"), base_version=0)
+    assert await claimed(worker.client, kind=REPLICA) is None, "there is no point yet"
+    await cast.machine.agent_heartbeat(cast.house.machine_heartbeat(ordered_from=(1, 1)))
     assert await claimed(worker.client, kind=REPLICA) == "db1"
     assert await claimed(worker.client) == "db1"
     await cast.operator.remove("db1")

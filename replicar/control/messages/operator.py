@@ -24,6 +24,8 @@ class MachineSummary(Message):
     decided that. `errors`: what is in the way of storing what changes on it, by whom it was reported; `storing` is
     False while a machine that is protected has any. In transit: `source_bytes` are in its change log and not stored,
     `pending_bytes` of those are in its process server. Nothing is in transit behind that: recovery reads the log.
+    `rpo_seconds` is the agent's measurement; `server_rpo_seconds` its process server's, of what that has received.
+    `signals`: its health, worst of which is `health`; empty while nothing of it is replicated.
     """
 
     id: uuid.UUID
@@ -57,6 +59,9 @@ class MachineSummary(Message):
     life_since_ns: Count = 0
     source_bytes: Count = 0
     pending_bytes: Count = 0
+    server_rpo_seconds: Seconds | None = None
+    health: Level = Level.HEALTHY
+    signals: tuple[HealthSignal, ...] = ()
 
     @property
     def seed_done_bytes(self) -> int:
@@ -87,7 +92,7 @@ class ProcessServerSummary(Message):
 
 
 class VaultStatus(Message):
-    """GET /v1/status: the vault at a glance."""
+    """GET /v1/status: the vault at a glance. `errors`: what the config server itself fails at, by part."""
 
     vault: Name
     vault_id: uuid.UUID
@@ -96,6 +101,7 @@ class VaultStatus(Message):
     authority_expires_ns: Count
     machines: tuple[MachineSummary, ...]
     process_servers: tuple[ProcessServerSummary, ...]
+    errors: tuple[ErrorReport, ...] = ()
 
 
 class Point(Message):
