@@ -126,10 +126,12 @@ async def _seed(
     async with Cluster(
         directory / "cluster", disks={DISK: image}, agent_settings=settings, process_server_settings=server
     ) as cluster:
-        await cluster.start()
+        await cluster.start_storage()
         peer: Took | None = None
         if not replicar_first:
+            # Before the parts start: a process server whose host has no processor to spare takes no new machine.
             peer = await _azcopy(cluster, image, directory)
+        await cluster.start_parts()
         ours, cpu = await _replicate(cluster)
         if peer is None:
             peer = await _azcopy(cluster, image, directory)

@@ -154,7 +154,7 @@ class ChangeLog:
             return None
         if self.next_sequence == self._last_audit + 1 and self.stored_sequence + 1 >= self._first_audit:
             return None
-        held = self.take(self.stored_sequence + 1)
+        held = self._files.take(self.stored_sequence + 1, most_bytes=0)  # one frame: this is asked ten times a second
         if held is None:
             return self._open_time_ns if self._count else None
         head = frame.read_header(held)

@@ -110,10 +110,10 @@ class Ladder:
     def start(self) -> None:
         """Call once, before anything is captured: finish what a killed process began, say which disks there are."""
         if self.log.survived:
-            self._redo()
             if self.extents is not None and self.extents.is_new and self.log.state.gap_open:
                 for regions in self.regions.values():  # the row of extents is gone, and nobody can tell what it held
                     regions.mark_all()
+            self._redo()
         else:
             self._mark_doubtful()
         # Where numbers were left out the gap has to be the first thing that the stream says.
@@ -238,7 +238,11 @@ class Ladder:
             skipped.observe(table, index)
 
     def _redo(self) -> None:
-        """Do the last frame's writes again: a process that was killed may have logged one and not done it."""
+        """Do the last frame's writes again: a process that was killed may have logged one and not done it.
+
+        But never over what is dirty: it may have been written behind that frame, while the log was full, and is on the
+        disk alone. Nor need it be: what was not done was not acknowledged, and the copy will say what the disk has.
+        """
         last = self.log.take(self.log.next_sequence - 1)
         if last is None:
             return
@@ -250,7 +254,16 @@ class Ladder:
             disk = self.disks.get(index)
             if disk is None or not disk.is_served or flags & Flag.SEED:
                 continue
-            if kind == Kind.WRITE:
+            if self._is_dirty(index, offset, length):
+                self.regions[index].mark(offset, length)  # the whole of it, where a part was dirty
+            elif kind == Kind.WRITE:
                 disk.write(offset, found.payload[place : place + length])
             elif kind == Kind.ZERO:
                 disk.zero(offset, length)
+
+    def _is_dirty(self, disk: int, offset: int, length: int) -> bool:
+        """Whether any of a range waits to be copied."""
+        if self.extents is not None and self.extents.touch(disk, offset, length):
+            return True
+        regions = self.regions[disk]
+        return regions.is_dirty(offset // regions.region_bytes, -(-(offset + length) // regions.region_bytes))

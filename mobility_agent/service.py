@@ -20,6 +20,7 @@ import logging
 import os
 import random
 import ssl
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -116,7 +117,7 @@ class Service:
             seal_delay_seconds=settings.seal_delay_seconds,
             rate_limit_bytes_per_second=settings.rate_limit_bytes_per_second,
             randomness=self._randomness,
-            software=f"replicar {metadata.version('replicar')}",
+            software=_software(),
         )
         auditor = self._auditor(core)
         follower = None
@@ -297,3 +298,9 @@ def _text(address: Path | tuple[str, int] | None) -> str:
     if address is None:
         return ""
     return str(address) if isinstance(address, Path) else f"{address[0]}:{address[1]}"
+
+
+@lru_cache(maxsize=1)
+def _software() -> str:
+    """What this agent calls itself."""
+    return f"replicar {metadata.version('replicar')}"

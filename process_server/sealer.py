@@ -138,7 +138,7 @@ class Sealer:
         chunks = segment.seal_chunks(
             raw, position, data_key, self._salt(), compressor, key_id=key_id, out=out, choose=choose
         )
-        effort.learn([codec == segment.CODEC_ZSTD for codec in chunks.chunks["codec"].tolist()])
+        effort.learn(chunks.shrank)
         segment.add_table(chunks, frames)
         return chunks
 

@@ -102,6 +102,10 @@ class Cluster:
     async def start(self) -> None:
         """Start everything and enrol the parts; returns when all of them serve and the machine can be protected."""
         await self.start_storage()
+        await self.start_parts()
+
+    async def start_parts(self) -> None:
+        """The same beside storage that runs already."""
         await self.make_vault()
         await self.start_config_server()
         await self.enrol_process_server()

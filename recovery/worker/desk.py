@@ -39,6 +39,7 @@ class Desk:
         self.job: Job = claim.job
         self.machine: ClaimedMachine = claim.machine
         self.before = claim.before
+        self.target = claim.target
         self.host = host
         self.fence = claim.fence
         self.result = dict(claim.job.result)

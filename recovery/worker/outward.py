@@ -57,7 +57,7 @@ class Outward:
         }
 
     async def prerequisites(self) -> str:
-        check_options(self._job.parameters.options, SOURCE_OPTIONS)
+        check_options(self._job.parameters.options, self._hands.reads | SOURCE_OPTIONS)
         view = await self._view(await as_request(self._desk.control, self._job.machine, self._job.parameters.point))
         findings = await self._hands.findings(made_name(self._job), self._job, view, isolated=self._isolated)
         blocking = [found for found in findings if found.blocking]
@@ -87,12 +87,13 @@ class Outward:
         return f"sequence {sequence}, {format_moment(time_ns)}"
 
     async def network(self) -> str:
-        return "the machine's own, which leads nowhere"
+        return await self._hands.network(self._job)
 
     async def disks(self) -> str:
         made = made_name(self._job)
         check_host(self._desk)
-        await self._desk.note(machine=made, compute=self._hands.name, host=self._desk.host)
+        where = {"host": self._desk.host} if self._hands.is_local else {}
+        await self._desk.note(machine=made, compute=self._hands.name, **where, **self._hands.notes)
         await self._hands.give_disks(made, self._job, await self._at_point(), self._desk.progress)
         return ""
 

@@ -14,11 +14,11 @@ import fcntl
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from recovery.worker.desk import Desk
 from recovery.worker.exposed import Tally, page
@@ -26,13 +26,13 @@ from recovery.worker.hands import Hands, QemuHands
 from recovery.worker.homeward import Homeward
 from recovery.worker.outward import Outward
 from recovery.worker.rounds import Work, carry_out
-from recovery.worker.settings import WorkerSettings
+from recovery.worker.settings import AzureSettings, WorkerSettings
 from recovery.worker.upkeep import Chore, Upkeep, bring_on, fold
 from replicar.clock import Clock
 from replicar.control.client import ControlClient
 from replicar.control.files import make_directory
 from replicar.control.identity import Identity
-from replicar.control.messages import ClaimRequest, JobKind, JobState, UpkeepKind
+from replicar.control.messages import ClaimRequest, JobKind, JobState, TargetSettings, UpkeepKind
 from replicar.errors import PermanentError, TransientError
 from replicar.observe.endpoint import Endpoint
 from replicar.observe.exposition import Page
@@ -55,12 +55,50 @@ HOMEWARD: Final = (JobKind.FAILBACK, JobKind.REPROTECT)
 _log = logging.getLogger(__name__)
 
 
-class Worker:
-    """See the module. `file`: where the settings are from, for exporters, which read them for themselves."""
+#: Makes the hands for one job.
+MakeHands = Callable[[Desk], Hands]
 
-    def __init__(self, settings: WorkerSettings, file: Path | None, clock: Clock) -> None:
+
+def hands_of(settings: WorkerSettings, file: Path | None, clock: Clock) -> dict[str, MakeHands]:
+    """The hands that a worker with these settings has, by name.
+
+    Raises:
+        PermanentError: machines in Azure are asked for, and the libraries for that are not installed.
+    """
+    qemu = QemuHands(settings, file)
+    made: dict[str, MakeHands] = {"qemu": lambda desk: qemu}
+    if settings.azure is not None:
+        made["azure"] = partial(azure_for, settings.azure, settings.directory / "evidence", clock)
+    return made
+
+
+def azure_for(azure: AzureSettings, evidence: Path, clock: Clock, desk: Desk, **options: Any) -> Hands:
+    """Hands in Azure, for the job's target settings, in the resource group that it or an earlier job began in."""
+    try:  # not above: the SDK takes seconds to import, and most workers have no use for it
+        from recovery.worker.azure_hands import AzureHands
+    except ImportError:
+        raise PermanentError(
+            "machines in Azure are asked for, but the libraries for that are not installed",
+            hint="pip install 'replicar[azure]'",
+        ) from None
+    results = [desk.result, *(job.result for job in desk.before)]
+    made_in = next((found["resource_group"] for found in results if "resource_group" in found), "")
+    return AzureHands(azure, desk.target or TargetSettings(), evidence, clock, made_in=made_in, **options)
+
+
+class Worker:
+    """See the module.
+
+    Args:
+        file: where the settings are from, for exporters, which read them for themselves.
+        hands: instead of those that the settings say.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, file: Path | None, clock: Clock, *, hands: Mapping[str, MakeHands] | None = None
+    ) -> None:
         self._settings, self._clock = settings, clock
-        self._hands: Mapping[str, Hands] = {"qemu": QemuHands(settings, file)}
+        self._hands = hands if hands is not None else hands_of(settings, file, clock)
         self._tally = Tally()
 
     async def run(self, stop: asyncio.Event, *, once: bool = False) -> None:
@@ -146,6 +184,8 @@ class Worker:
             works = self._works(desk, store)
         except PermanentError as error:
             await desk.finish(JobState.FAILED, error)
+        except TransientError as error:
+            await desk.finish(JobState.SUSPENDED, error)
         else:
             await carry_out(desk, works, stop)
         finally:
@@ -155,12 +195,15 @@ class Worker:
             tally.jobs[kind, desk.ended] += 1
 
     def _works(self, desk: Desk, store: PageBlobStore) -> Mapping[str, Work]:
-        wanted = desk.job.parameters.compute or next(
-            (job.result["compute"] for job in desk.before if "compute" in job.result), "qemu"
-        )
-        hands = self._hands.get(wanted)
-        if hands is None:
-            raise PermanentError(f"this worker has no compute {wanted!r}", hint=f"it has {', '.join(self._hands)}")
+        asked = (job.result.get("compute") or job.parameters.compute for job in desk.before)
+        wanted = desk.job.parameters.compute or next(filter(None, asked), "qemu")
+        make = self._hands.get(wanted)
+        if make is None:  # of a job that asks for none itself: it is about what another worker has made
+            raise TransientError(
+                f"this worker has no compute {wanted!r}, and the machine was to be made by that",
+                hint=f"have a worker run that has it; this one has {', '.join(self._hands)}",
+            )
+        hands = make(desk)
         if desk.job.kind in HOMEWARD:
             return Homeward(desk, hands, store, self._settings.directory).works()
         return Outward(desk, hands, store).works()

@@ -39,6 +39,8 @@ from simulator.world.processes import Process
 MIB: Final = 1 << 20
 NBD_PORT: Final = 10809
 SERVER_PORT: Final = 9443
+#: What reports come after when nothing happens; news travel at once.
+HEARTBEAT_SECONDS: Final = 20.0
 #: As the product's, with a shorter end: a story is a minute long.
 RETRIES: Final = RetryPolicy(attempts=4, base_seconds=0.25, longest_seconds=5.0, deadline_seconds=30.0)
 _TARGET: Final = StorageTarget(
@@ -106,7 +108,7 @@ async def run_config(
         bells = Bells()
         events = Events(bells, clock)  # nobody listens
         context = Context(
-            vault=vault, registry=registry, bells=bells, clock=clock, heartbeat_seconds=10.0, events=events
+            vault=vault, registry=registry, bells=bells, clock=clock, heartbeat_seconds=HEARTBEAT_SECONDS, events=events
         )
         service = services[process.machine.name] = ControlService(process, context)
         listening(service)
