@@ -37,23 +37,25 @@ _START_NS: Final = 1_780_000_000_000_000_000
 
 
 class CountingStore(MemoryStore):
-    """Counts reads; each takes `round_trip_seconds` longer than it does."""
+    """Counts reads; each takes `round_trip_seconds` longer than it does. If it `remembers`, what was read once
+    is there when it is read again, without being copied."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reads, self.round_trip_seconds = 0, 0.0
-        self._flat: dict[str, bytes] = {}
+        self.remembers = False
+        self._read: dict[tuple[str, int, int], bytes] = {}
 
     async def read(self, name: str, offset: int, length: int) -> bytes:
         self.reads += 1
         if self.round_trip_seconds:
             await asyncio.sleep(self.round_trip_seconds)
-        flat = self._flat.get(name)
-        return flat[offset : offset + length] if flat is not None else await super().read(name, offset, length)
-
-    async def flatten(self, name: str, length: int) -> None:
-        """Have a blob that is complete in one piece: reading it is a copy then and nothing else."""
-        self._flat[name] = await super().read(name, 0, length)
+        if not self.remembers:
+            return await super().read(name, offset, length)
+        found = self._read.get((name, offset, length))
+        if found is None:
+            found = self._read[name, offset, length] = await super().read(name, offset, length)
+        return found
 
 
 @dataclass
@@ -108,7 +110,6 @@ async def sealed_log(size_bytes: int, writes: int, seed: int, *, is_copied: bool
         data, digest = segment.finish(chunks, list(frame.frames_in(raw)), digest)
         await store.put_pages(str(name), place, data)
         place, number, first, frames = place + len(data), number + 1, sequence, []
-    await store.flatten(str(name), place)
     log = MachineLog(store, machine, {1: key})
     there = np.concatenate(written)
     made = SealedLog(log, store, number - 1, writes, sequence - writes, sequence - 1, there, digest)

@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
-from recovery.worker.keeper import running
+from recovery.compute import qemu
+from recovery.worker import keeper
 from replicar.control.messages import Job, JobKind, JobParameters
 from replicar.errors import PermanentError
 from simulator import command
@@ -63,12 +64,12 @@ class RecoveryHost:
 
     def processes(self) -> Iterator[int]:
         """What runs for this host besides the worker: exporters and machines."""
-        for kind in ("disks", "machines"):
+        # A number in a file may be anybody's by now; who holds the file locked is who wrote it.
+        for kind, running in (("disks", keeper.running), ("machines", qemu.running)):
             where = self.directory / kind
             for made in where.iterdir() if where.exists() else ():
-                text = (made / "pid").read_text().strip() if (made / "pid").exists() else ""
-                if (kind == "machines" or running(made) is not None) and text.isdigit():
-                    yield int(text)
+                if (process := running(made)) is not None:
+                    yield process
 
     async def job(self, kind: JobKind, parameters: JobParameters | None = None) -> Job:
         """Make a job of the cluster's machine and wait until it has ended.

@@ -65,6 +65,7 @@ def test_the_datapath_moves_everything_into_the_sink_and_is_compared_with_the_li
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.soak
 def test_recovery_says_what_opening_a_point_takes_and_alternates_the_sides_of_a_whole_disk() -> None:
     report = _report("recovery", "--json", "--gib", "1", "--points", "8", "--share", "256", "--boots", "0")
     assert report["first_byte_seconds"] >= report["first_byte_seconds_median"] > 0

@@ -131,6 +131,9 @@ async def test_it_is_an_alert_when_nobody_keeps_a_machine_up_any_more(protected:
     codes = {alert.code for alert in await protected.operator.alerts(lasting_only=True)}
     assert OVERDUE[FOLD] in codes
     assert await claimed(hands) == "db1"
+    await rounds.go()
+    codes = {alert.code for alert in await protected.operator.alerts(lasting_only=True)}
+    assert OVERDUE[FOLD] not in codes, "somebody is at it, for as long as it takes"
     await hands.report_upkeep(said(protected))
     await rounds.go()
     codes = {alert.code for alert in await protected.operator.alerts(lasting_only=True)}

@@ -37,7 +37,7 @@ def test_the_search_finds_a_secret_however_it_was_written_down() -> None:
     assert secrets.leaks([("c", b'{"p": "correct-horse-battery"}'), ("d", b"correct-horse")]) == ["word in c"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_no_secret_of_a_whole_story_is_in_any_log_output_or_status(tmp_path: Path) -> None:
     async with stage(tmp_path, process_server_settings=JSON, agent_settings=JSON, config_server_settings=JSON) as it:
         cluster = it.cluster
@@ -82,7 +82,7 @@ async def with_faults(it: Stage, secrets: Secrets, said: list[Result]) -> None:
         await asyncio.sleep(0.2)
     log = cluster.process_server.log
     await cluster.process_server.until(
-        "saying that storage is away", lambda: b"storage service" in log.read_bytes(), 60
+        "saying that storage is away", lambda: b"storage service" in log.read_bytes(), 180
     )
 
 

@@ -65,13 +65,13 @@ async def story(directory: Path) -> dict[str, Families]:
             async with it.writing():
                 await asyncio.sleep(1.0)
             await it.settle("a-point")
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while (cluster.agent_status().get("audit") or {}).get("last_ended_ns") is None:
                     await asyncio.sleep(0.1)
-            await host.child.until("at work", lambda: "metrics are at" in host.child.said(), 60.0)
+            await host.child.until("at work", lambda: "metrics are at" in host.child.said(), 120.0)
             verify = await cluster.replicar("verify", cluster.machine, "--metrics-file", textfile, "--json")
             verified = verify.require().json()
-            async with asyncio.timeout(60):  # heartbeats bring what the config server knows
+            async with asyncio.timeout(120):  # heartbeats bring what the config server knows
                 while True:
                     found = await scraped(ports)
                     config = found["config-server"]
@@ -87,7 +87,7 @@ async def story(directory: Path) -> dict[str, Families]:
             return found
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_started_parts_export_what_document_dashboard_and_alert_rules_speak_of(tmp_path: Path) -> None:
     found = await story(tmp_path)
     families = {name: family for part in found.values() for name, family in part.items()}

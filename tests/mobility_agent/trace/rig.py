@@ -333,10 +333,15 @@ while True:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it; a second time it is nothing, for the numbers of processes are given again."""
+        processes, self._processes = self._processes, []
+        for process in processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with what it started
-        for process in self._processes:
+        for process in processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
 
