@@ -39,6 +39,7 @@ bench: setup ## the benchmarks, one JSON object each
 	$(BIN)/python -m bench capture --json
 	$(BIN)/python -m bench churn --json
 	$(BIN)/python -m bench fleet --json
+	$(BIN)/python -m bench recovery --json
 	setup/azcopy.sh
 	$(BIN)/python -m bench seed --json
 	$(BIN)/pytest tests/bench/test_hot_path.py --benchmark-enable --benchmark-only

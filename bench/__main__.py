@@ -115,7 +115,7 @@ BENCHMARKS: Final = {
         seed.run,
     ),
     "recovery": Benchmark(
-        "how soon any point of a large disk can be read, and how fast a disk comes back, beside the raw steps",
+        "how soon any point of a large disk can be read, how fast a disk comes back, how soon a guest boots",
         recovery.options,
         recovery.run,
     ),

@@ -11,7 +11,9 @@ agent learns it, so cache, compression, encryption, upload and both acknowledgem
     cpu_ratio   raw cpu seconds per GB to the path's own: how much of the work is the libraries'
 
 MB are 1e6 bytes of what applications wrote; frames' headers and tables, retries and acknowledgements come on top and
-count as cost. What others use of the cores meanwhile is shown, since it lowers `ratio` (and hardly `cpu_ratio`).
+count as cost. Frames are as large as capture makes them for a sender that is behind, as one with a full log is; one
+that keeps up, or whose machine flushes often, sends smaller ones (`--frame-kib 64`), which cost more. What others use
+of the cores meanwhile is shown, since it lowers `ratio` (and hardly `cpu_ratio`).
 
 Weak: one machine, one connection, everything on the same cores, no network in between; the config server's heartbeats
 go on beside it and are not counted. Where the kernel groups processes by session (autogroup), `nice` does not lift the
@@ -35,13 +37,15 @@ from bench.limit import Limit
 from bench.measure import GB, Cpu, cores, peak_memory_bytes
 from bench.report import Report
 from bench.sink import Sink
+from mobility_agent.changelog import SEAL_BYTES
 from replicar.errors import PermanentError
 from replicar.memory import keep_memory
 from simulator.child import Child
 from simulator.cluster import MIB, READY_SECONDS, Cluster
 
 DEFAULT_GIB: Final = 2.0
-DEFAULT_FRAME_KIB: Final = 64
+#: As capture seals them for a sender that is behind, which is what a full log is.
+DEFAULT_FRAME_KIB: Final = SEAL_BYTES >> 10
 DEFAULT_WRITE_KIB: Final = 4
 CACHE_BYTES: Final = 1024 * MIB
 #: Filling the log comes before the transfer.
@@ -202,6 +206,7 @@ def _figures(measured: dict[str, Any], around: Sequence[Limit]) -> dict[str, Any
         "limits_mb_per_s": [round(limit.mb_per_s, 1) for limit in around],
         "cores_used": round(path_total * written / GB / seconds, 2),
         "others_cores": round(measured["others_cores"], 2),
+        "idle_cores": round(max(0.0, cores() - path_total * written / GB / seconds - measured["others_cores"]), 2),
         "compress_ratio": round(written / uploaded, 3) if uploaded else None,
         "seconds": round(seconds, 3),
         "bytes": {"written": written, "sent": measured["sent_bytes"], "uploaded": uploaded},

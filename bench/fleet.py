@@ -6,7 +6,9 @@ has when the config server is away, which it is here.
 
     rss_mib                         the most that the server had in memory, all the time
     modest_rpo_seconds_p99          over all modest machines and all instants, sampled every 100 ms (see `rpo`)
-    mb_per_s                        captured by all machines while it was measured; all of it is stored in the end
+    mb_per_s                        stored of all machines while it was measured; all of it is in the end
+    generator_cores, sink_cores     what clients and storage took of the same cores, which is the server's no more
+    server_ms_per_segment           the server's processor time, its bytes' cost included, for each segment
 
 The modest ones write at `--modest-mb-per-s` together; the greedy one as much as it is let.
 
@@ -265,6 +267,8 @@ def _judge(
     for name, what in (("full", "times a modest log was full"), ("resends", "repeats"), ("connections", "reconnects")):
         if count := sum(each[name] for each in said):
             faults.append(f"{count} {what}: {[reason for each in said for reason in each['refusals']]}")
+    cpu = {name: each.total for name, each in window.processes.items()}
+    generator = sum(each for name, each in cpu.items() if name not in ("process_server", "sink"))
     figures = {
         "rss_mib": round(memory / MIB),
         "modest_rpo_seconds_p99": round(found.p99, 2),
@@ -274,7 +278,10 @@ def _judge(
         "greedy_mb_per_s": round(stored[greedy] / seconds / 1e6, 1),
         "segments_per_s": round(len(within) / seconds),
         "segment_kib": round(total / max(1, len(within)) / 1024),
-        "cores_used": {name: round(cpu.total / window.seconds, 2) for name, cpu in window.processes.items()},
+        "server_ms_per_segment": round(1000 * cpu["process_server"] / max(1, len(within)), 2),
+        "server_cores": round(cpu["process_server"] / window.seconds, 2),
+        "generator_cores": round(generator / window.seconds, 2),
+        "sink_cores": round(cpu["sink"] / window.seconds, 2),
         "cores": cores(),
         "others_cores": round(max(0.0, window.others_cores), 2),
     }

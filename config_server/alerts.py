@@ -32,7 +32,7 @@ def look_at_rpo(connection: sqlite3.Connection, now_ns: int) -> bool:
         exceeded = lives.state_of(connection, machine_id) in RECOVERABLE and rpo > threshold
         message = f"the RPO of machine {row['name']} is {rpo:.0f} s; its policy's threshold is {threshold} s"
         hint = "see what is in its way: `replicar status`"
-        changed |= _set(connection, machine_id, RPO_EXCEEDED, exceeded, message, hint, now_ns)
+        changed |= put(connection, machine_id, RPO_EXCEEDED, exceeded, message, hint, now_ns)
     return changed
 
 
@@ -63,7 +63,7 @@ def listed(connection: sqlite3.Connection, *, lasting_only: bool = False) -> tup
     )
 
 
-def _set(
+def put(
     connection: sqlite3.Connection,
     machine_id: uuid.UUID,
     code: str,
@@ -72,6 +72,7 @@ def _set(
     hint: str,
     now_ns: int,
 ) -> bool:
+    """Raise an alert, or clear it; whether that changes anything."""
     row = connection.execute(
         "SELECT number FROM alerts WHERE machine_id = ? AND code = ? AND cleared_ns IS NULL", (str(machine_id), code)
     ).fetchone()

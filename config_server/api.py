@@ -4,6 +4,9 @@ One port serves all. The connection is TLS 1.3 with an *optional* client certifi
 enrolled has none. Every route but the public ones demands one, of a role that may use it, of a party the registry
 knows; or a bearer token (see `tokens`), for programs that are no part of Replicar.
 
+An answer may also be a stream of events, which goes on until its caller has enough. Whether he may hear it is asked
+again at every sign of life, so that a revoked token or a removed party ends it.
+
 An error travels as `ReplicarError.as_dict()`. Its status is its field `status` where it has one, or follows from its
 class; `Retry-After` says when to come back where that is known.
 """
@@ -12,7 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias, get_type_hints
 
@@ -21,15 +25,17 @@ from aiohttp import web
 from config_server import parties, tokens
 from config_server.bells import Bells
 from config_server.enrolment import AttemptLimit
+from config_server.events import Events
 from config_server.groups import Groups
 from config_server.parties import Party
 from config_server.registry import RegistryThread
 from config_server.troubles import Troubles
 from config_server.vault import Vault
 from replicar.clock import Clock
+from replicar.control.event_stream import MEDIA_TYPE, NOTHING, encode
 from replicar.control.identity import Role
 from replicar.control.message import Message
-from replicar.control.messages import API_PREFIX, MAX_REQUEST_BYTES
+from replicar.control.messages import API_PREFIX, MAX_REQUEST_BYTES, Event
 from replicar.errors import (
     ConflictError,
     CorruptionError,
@@ -40,6 +46,9 @@ from replicar.errors import (
     TransientError,
 )
 from replicar.tls import peer_identity
+
+#: How long a listener may leave unread what the connection holds, before it is given up.
+UNREAD_SECONDS: Final = 60.0
 
 _STATUS: Final[tuple[tuple[type[ReplicarError], int], ...]] = (
     (TransientError, 503),
@@ -60,6 +69,7 @@ class Context:
     bells: Bells
     clock: Clock
     heartbeat_seconds: float
+    events: Events
     attempts: AttemptLimit = field(default_factory=AttemptLimit)
     troubles: Troubles = field(default_factory=Troubles)
     groups: Groups = field(default_factory=Groups)
@@ -75,6 +85,7 @@ class Call:
     address: str
     party: Party | None
     by_token: bool = False
+    last_event_id: str = ""
 
     def needs_certificate(self) -> None:
         """Raises:
@@ -101,12 +112,19 @@ class Call:
         return self.party
 
 
-Handler: TypeAlias = Callable[[Context, Call], Awaitable[Message]]
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """An answer that goes on: events, and None for a sign of life."""
+
+    events: AsyncGenerator[Event | None]
+
+
+Handler: TypeAlias = Callable[[Context, Call], Awaitable[Message | Stream]]
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A way in; `roles` None means public. `request` is what its body holds, `query` the names that it reads there."""
+    """A way in; `roles` None means public. `request` is what its body holds, `query`, `headers` what is read there."""
 
     method: str
     path: str
@@ -114,12 +132,20 @@ class Route:
     roles: frozenset[Role] | None
     request: type[Message] | None = None
     query: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
+
+    @property
+    def streams(self) -> bool:
+        """Whether its answer goes on."""
+        return get_type_hints(self.handler)["return"] is Stream
 
     @property
     def reply(self) -> type[Message]:
-        """What its answer holds."""
+        """What its answer holds, or is made of where it goes on."""
         found = get_type_hints(self.handler)["return"]
         assert isinstance(found, type)
+        if found is Stream:
+            return Event
         assert issubclass(found, Message)
         return found
 
@@ -160,11 +186,35 @@ def _handler(context: Context, route: Route) -> Callable[[web.Request], Awaitabl
             address=request.remote or "",
             party=party,
             by_token="Authorization" in request.headers,
+            last_event_id=request.headers.get("Last-Event-ID", ""),
         )
         reply = await route.handler(context, call)
+        if isinstance(reply, Stream):
+            return await _stream(context, request, route, reply)
         return web.Response(body=reply.to_json(), content_type="application/json")
 
     return handle
+
+
+async def _stream(context: Context, request: web.Request, route: Route, stream: Stream) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store"})
+    await response.prepare(request)
+    async with aclosing(stream.events) as events:
+        async for event in events:
+            if event is None and route.roles is not None:
+                try:
+                    await _authorised(context, request, route.roles)
+                except ReplicarError:
+                    break  # asked again, he is told why
+            try:
+                async with asyncio.timeout(UNREAD_SECONDS):
+                    await response.write(encode(event) if event is not None else NOTHING)
+            except TimeoutError:
+                assert request.transport is not None, "a connection that is gone ends the handler"
+                request.transport.abort()
+                return response
+    await response.write_eof()
+    return response
 
 
 async def _authorised(context: Context, request: web.Request, roles: frozenset[Role]) -> Party:

@@ -27,7 +27,11 @@ class Topic(Enum):
     INSTRUCTIONS = auto()  # what a machine or process server should do has changed
     PROGRESS = auto()  # a machine reported
     JOBS = auto()  # a job was made, or has changed
+    EVENTS = auto()  # something is told to whoever listens
 
+
+#: Whom a bell rings for that is about no party.
+EVERYBODY: Final = UUID(int=0)
 
 Key: TypeAlias = tuple[Topic, UUID]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import socket
 import sys
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from config_server import foundation, service, vault_key_cli
+from config_server.exposed import PART
 from config_server.operator_routes import software
 from config_server.parties import moment
 from config_server.registry import Registry
@@ -30,6 +30,7 @@ from replicar.control.identity import Role
 from replicar.control.messages import DEFAULT_PORT
 from replicar.control.transport import parse_address
 from replicar.errors import PermanentError, ReplicarError
+from replicar.observe import logs
 
 app = typer.Typer(
     name="config-server",
@@ -203,8 +204,8 @@ def run(
     Every option can also be set in config-server.toml (`port = 8443`) or in the environment
     (`REPLICAR_CONFIG_SERVER_PORT=8443`); an option beats the environment, the environment beats the file.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     loaded = load_settings(settings, directory=directory, listen=listen, port=port, heartbeat_seconds=heartbeat_seconds)
+    logs.set_up(PART, loaded.log_format)
     asyncio.run(_serve(loaded))
 
 
@@ -221,7 +222,7 @@ async def _serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
 
     def ready(port: int) -> None:
-        typer.echo(f"config-server: listening on {settings.listen}:{port}, vault in {settings.directory}")
+        logs.announce(f"config-server: listening on {settings.listen}:{port}, vault in {settings.directory}")
 
     await service.run(settings, SystemClock(), stop, ready)
 
@@ -245,9 +246,10 @@ def main() -> None:
     try:
         app()
     except ReplicarError as error:
-        typer.echo(f"config-server: {error.message}", err=True)
-        if error.hint:
-            typer.echo(f"next: {error.hint}", err=True)
+        if not logs.told(error):
+            typer.echo(f"config-server: {error.message}", err=True)
+            if error.hint:
+                typer.echo(f"next: {error.hint}", err=True)
         sys.exit(error.exit_status)
 
 

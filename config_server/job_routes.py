@@ -10,7 +10,7 @@ from typing import Final
 
 from config_server import lives, machines, parties
 from config_server.api import Call, Context, Route, hold
-from config_server.bells import Topic
+from config_server.bells import EVERYBODY, Topic
 from config_server.jobs import book, claims, opening, own
 from config_server.rights import OPERATORS, PEOPLE, WORKERS
 from replicar.control.messages import (
@@ -28,8 +28,6 @@ from replicar.control.messages import (
     MachineHold,
 )
 
-#: Whom a bell rings for that is about jobs as such, not about one party.
-EVERYBODY: Final = uuid.UUID(int=0)
 #: How often a waiting claim looks whether a lease has run out.
 LOOK_SECONDS: Final = 5.0
 

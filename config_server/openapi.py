@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from pydantic.json_schema import models_json_schema
 
 from config_server.api import Call, Context, Route
+from replicar.control.event_stream import MEDIA_TYPE
 from replicar.control.message import Message
 from replicar.control.messages import API_PREFIX, ApiDocument
 
@@ -72,18 +73,21 @@ def route_of_document(routes: tuple[Route, ...]) -> Route:
 
 def _operation(route: Route, references: dict[Any, Any]) -> dict[str, Any]:
     about = (route.handler.__doc__ or "").strip()
-    parameters = [
+    parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"\{(\w+)\}", route.path)
-    ] + [{"name": name, "in": "query", "schema": {"type": "string"}} for name in route.query]
+    ]
+    parameters += [{"name": name, "in": "query", "schema": {"type": "string"}} for name in route.query]
+    parameters += [{"name": name, "in": "header", "schema": {"type": "string"}} for name in route.headers]
+    media = MEDIA_TYPE if route.streams else "application/json"
     operation: dict[str, Any] = {
         "operationId": _identifier(route),
         "summary": about.partition("\n")[0],
         "parameters": parameters,
         "responses": {
             "200": {
-                "description": "as asked",
-                "content": {"application/json": {"schema": references[route.reply, "serialization"]}},
+                "description": "events without end; the data of each is one of these" if route.streams else "as asked",
+                "content": {media: {"schema": references[route.reply, "serialization"]}},
             },
             "default": {
                 "description": "refused, or not possible now",

@@ -46,6 +46,7 @@ async def get_status(context: Context, call: Call) -> VaultStatus:
             authority_expires_ns=context.vault.authority.expires_ns,
             machines=overview.summaries(connection, now_ns, context.troubles),
             process_servers=overview.process_servers(connection, now_ns, context.troubles),
+            errors=context.troubles.own,
         )
 
     return await context.registry.run(read)

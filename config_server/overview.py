@@ -7,7 +7,7 @@ import uuid
 from dataclasses import asdict
 from typing import Final
 
-from config_server import lives, points
+from config_server import lives, machine_health, points, upkeep
 from config_server.machines import LIVE_SECONDS, MACHINES, machine_row
 from config_server.parties import Party
 from config_server.troubles import Troubles
@@ -18,6 +18,7 @@ from replicar.control.messages import (
     HealthSignal,
     MachineState,
     MachineSummary,
+    Point,
     PointList,
     ProcessServerSummary,
 )
@@ -26,13 +27,23 @@ from replicar.signals import of_silence, worst
 #: The state of a machine whose agent has not reported yet, and of one that was removed.
 ENROLLED: Final = "enrolled"
 REMOVED: Final = "removed"
+#: Points that retention gave up and that are told, newest first.
+MAX_THINNED: Final = 1000
 
 
 def machine_points(connection: sqlite3.Connection, machine: Party, now_ns: int, troubles: Troubles) -> PointList:
-    """The machine's named points, its ordered window as far as storage has it, and its gaps."""
+    """The machine's named points, its ordered window as far as storage has it, and its gaps; what retention gave up is
+    not offered."""
     row = machine_row(connection, machine.id)
     found, truncated = points.list_points(connection, machine.id, row["incarnation"])
     ordered_from, ordered_until_ns = points.stored_window(_report(row), row["incarnation"], _stored(row))
+    retention = upkeep.retention_of(connection, machine.id)
+    thinned: tuple[Point, ...] = ()
+    if retention is not None:
+        thinned = tuple(point for point in found if retention.gave_up(point.sequence))
+        found = tuple(point for point in found if not retention.gave_up(point.sequence))
+        if ordered_from is not None and ordered_from[0] < retention.floor_sequence:
+            ordered_from = (retention.floor_sequence, retention.floor_time_ns)
     return PointList(
         machine_id=machine.id,
         name=machine.name,
@@ -43,6 +54,8 @@ def machine_points(connection: sqlite3.Connection, machine: Party, now_ns: int, 
         gaps=points.list_gaps(connection, machine.id),
         truncated=truncated,
         errors=_errors(row, now_ns, troubles),
+        retention=retention,
+        thinned=thinned[:MAX_THINNED],
     )
 
 
@@ -104,6 +117,7 @@ def _server(row: sqlite3.Row, now_ns: int, troubles: Troubles) -> ProcessServerS
 def _summary(connection: sqlite3.Connection, row: sqlite3.Row, now_ns: int, troubles: Troubles) -> MachineSummary:
     report, errors = _report(row), _errors(row, now_ns, troubles)
     machine_id = uuid.UUID(row["id"])
+    signals = machine_health.signals(connection, row, report, now_ns)
     return MachineSummary(
         id=machine_id,
         name=row["name"],
@@ -136,7 +150,16 @@ def _summary(connection: sqlite3.Connection, row: sqlite3.Row, now_ns: int, trou
         life_since_ns=lives.stored(connection, machine_id).since_ns,
         storing=not errors,
         errors=errors,
+        server_rpo_seconds=_server_rpo(row, troubles),
+        health=worst(signal.level for signal in signals),
+        signals=signals,
     )
+
+
+def _server_rpo(row: sqlite3.Row, troubles: Troubles) -> float | None:
+    if row["process_server_id"] is None:
+        return None
+    return troubles.rpo_of(uuid.UUID(row["process_server_id"]), uuid.UUID(row["id"]))
 
 
 def _pending(row: sqlite3.Row, troubles: Troubles) -> int:

@@ -155,3 +155,11 @@ def _check_base(what: str, base: int, newest: int) -> None:
             ours=base,
             theirs=newest,
         )
+
+
+def deciding(machine: str, missing: tuple[str, ...]) -> str:
+    """The command by which an operator decides what is missing of a machine's target settings."""
+    if missing == ("compute",):
+        return f"`replicar target set {machine} --compute qemu` (on a recovery worker's host), or `--compute azure`"
+    options = " ".join(f"--{name.replace('_', '-')} ..." for name in missing)
+    return f"`replicar target set {machine} {options}`"

@@ -17,13 +17,15 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
 from config_server import schema_circle as circle
+from config_server.changes import Change, Changes
 from replicar.errors import CorruptionError, PermanentError, TransientError
 
-SCHEMA_VERSION: Final = 8
+SCHEMA_VERSION: Final = 9
 BUSY_SECONDS: Final = 5.0
 #: Transactions waiting for the writer; at some 2,000 a second that is half a second of work.
 MAX_WAITING: Final = 1024
@@ -115,15 +117,20 @@ _STEPS: Final = {
     ),
     7: circle.ARRANGEMENTS,
     8: circle.TOKENS,
+    9: circle.UPKEEP,
 }
 
 _T = TypeVar("_T")
 
 
 class Registry:
-    """The database, for use by one thread. `connection` returns rows by name."""
+    """The database, for use by one thread. `connection` returns rows by name.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        tell: is told on that thread what each transaction has changed, once that is durable.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[list[Change]], None] | None = None) -> None:
         """Open the registry, or make it when the file is missing.
 
         Raises:
@@ -143,6 +150,7 @@ class Registry:
             self.connection.execute("CREATE TEMP TABLE server_health (id TEXT PRIMARY KEY, level TEXT NOT NULL)")
             with self.transaction():
                 self._migrate()
+            self._tell, self._changes = tell, Changes(self.connection) if tell is not None else None
 
     def _migrate(self) -> None:
         version = int(self.connection.execute("PRAGMA user_version").fetchone()[0])
@@ -153,7 +161,7 @@ class Registry:
             )
         if version < SCHEMA_VERSION:
             # one by one: a script would end the transaction
-            statements = [*_SCHEMA.split(";\n"), *circle.TABLES, *circle.ARRANGEMENTS, *circle.TOKENS]
+            statements = [*_SCHEMA.split(";\n"), *circle.TABLES, *circle.ARRANGEMENTS, *circle.TOKENS, *circle.UPKEEP]
             if version:
                 statements = [each for step in range(version, SCHEMA_VERSION) for each in _STEPS[step + 1]]
             for statement in statements:
@@ -179,8 +187,17 @@ class Registry:
             TransientError: the database is locked or its disk full; nothing was changed.
             CorruptionError: the file is damaged.
         """
-        with _sqlite_errors(self.path), self.transaction() as connection:
-            return function(connection)
+        with _sqlite_errors(self.path):
+            try:
+                with self.transaction() as connection:
+                    result = function(connection)
+            except BaseException:
+                if self._changes is not None:
+                    self._changes.taken()
+                raise
+        if self._tell is not None and self._changes is not None and (changes := self._changes.taken()):
+            self._tell(changes)
+        return result
 
     def checkpoint(self) -> None:
         """Bring the journal into the database and empty it, so that what was overwritten is in neither."""
@@ -192,16 +209,27 @@ class Registry:
 
 
 class RegistryThread:
-    """A registry on a thread of its own; an asynchronous context manager."""
+    """A registry on a thread of its own; an asynchronous context manager.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        tell: is told on the event loop what each transaction has changed, before that one's caller goes on.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[list[Change]], None] | None = None) -> None:
+        self._path, self._tell = path, tell
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="registry")
         self._registry: Registry | None = None
         self._waiting = 0
 
     async def __aenter__(self) -> RegistryThread:
-        self._registry = await asyncio.get_running_loop().run_in_executor(self._executor, Registry, self._path)
+        loop, told = asyncio.get_running_loop(), self._tell
+
+        def tell(changes: list[Change]) -> None:
+            if told is not None:
+                loop.call_soon_threadsafe(told, changes)
+
+        opening = partial(Registry, self._path, tell if told is not None else None)
+        self._registry = await loop.run_in_executor(self._executor, opening)
         return self
 
     async def __aexit__(self, *_: object) -> None:

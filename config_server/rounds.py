@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 import sqlite3
 import uuid
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
-from config_server import alerts, lives, parties, policies
-from config_server.bells import Bells, Topic
+from config_server import alerts, lives, parties, policies, upkeep
+from config_server.bells import EVERYBODY, Bells, Topic
 from config_server.jobs import book, opening, own
 from config_server.registry import RegistryThread
 from config_server.vault import Vault
 from replicar.clock import Clock
 from replicar.control.identity import Role
 from replicar.control.messages import Job, JobKind, JobRequest, LifeState
-from replicar.errors import ReplicarError, TransientError
+from replicar.errors import CorruptionError, ReplicarError
 
 ROUND_SECONDS: Final = 30.0
 #: Who asked for what nobody asked for.
@@ -41,29 +43,37 @@ class Rounds:
         self._registry, self._vault, self._bells, self._clock = registry, vault, bells, clock
         self._identity = identity
 
-    async def run(self) -> None:
-        """Go round until cancelled."""
-        while True:
-            await self._clock.sleep(ROUND_SECONDS)
-            try:
-                await self.go()
-            except TransientError as error:
-                _log.warning("a round was left out: %s", error)
-
     async def go(self) -> list[Job]:
-        """One round; returns the drills that were begun."""
-        begun = await self._registry.run(self._go)
+        """One round; returns the drills that were begun.
+
+        Each thing is a transaction of its own, and one machine's trouble keeps no other from its turn.
+
+        Raises:
+            ReplicarError: the first of what failed, when all else is done.
+        """
+        now_ns, failed = self._clock.now_ns(), list[ReplicarError]()
+
+        async def done(work: Callable[[sqlite3.Connection], object]) -> None:
+            try:
+                await self._registry.run(work)
+            except CorruptionError:
+                raise
+            except ReplicarError as error:
+                failed.append(error)
+
+        await done(lambda connection: alerts.look_at_rpo(connection, now_ns))
+        await done(lambda connection: upkeep.look(connection, now_ns))
+        for machine_id in await self._registry.run(_with_jobs):
+            await done(partial(own.advance, machine_id=machine_id, now_ns=now_ns))
+        begun = await self._registry.run(self._begin_drills)
         if begun:
-            self._bells.ring(Topic.JOBS, uuid.UUID(int=0))
+            self._bells.ring(Topic.JOBS, EVERYBODY)
+        if failed:
+            raise failed[0]
         return begun
 
-    def _go(self, connection: sqlite3.Connection) -> list[Job]:
-        now_ns = self._clock.now_ns()
-        alerts.look_at_rpo(connection, now_ns)
-        rows = connection.execute("SELECT DISTINCT machine_id FROM jobs WHERE ended_ns IS NULL").fetchall()
-        for row in rows:
-            own.advance(connection, uuid.UUID(row["machine_id"]), now_ns)
-        begun = []
+    def _begin_drills(self, connection: sqlite3.Connection) -> list[Job]:
+        now_ns, begun = self._clock.now_ns(), []
         for machine_id in due_drills(connection, now_ns):
             name = connection.execute("SELECT name FROM parties WHERE id = ?", (str(machine_id),)).fetchone()["name"]
             machine = parties.by_name(connection, Role.MACHINE, name)
@@ -76,6 +86,12 @@ class Rounds:
                 continue
             parties.audit(connection, self._identity, JobKind.TEST_FAILOVER, f"machine {name}, by schedule", now_ns)
         return begun
+
+
+def _with_jobs(connection: sqlite3.Connection) -> list[uuid.UUID]:
+    """Machines with jobs that have not ended."""
+    rows = connection.execute("SELECT DISTINCT machine_id FROM jobs WHERE ended_ns IS NULL").fetchall()
+    return [uuid.UUID(row["machine_id"]) for row in rows]
 
 
 def due_drills(connection: sqlite3.Connection, now_ns: int) -> list[uuid.UUID]:

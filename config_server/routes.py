@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from config_server import access_routes, job_routes, operator_routes, part_routes, policy_routes
+from config_server import (
+    access_routes,
+    event_routes,
+    job_routes,
+    operator_routes,
+    part_routes,
+    policy_routes,
+    upkeep_routes,
+)
 from config_server.api import Route
 from config_server.openapi import route_of_document
 
@@ -13,6 +21,8 @@ _OWN: Final[tuple[Route, ...]] = (
     *operator_routes.ROUTES,
     *policy_routes.ROUTES,
     *job_routes.ROUTES,
+    *event_routes.ROUTES,
+    *upkeep_routes.ROUTES,
     *access_routes.ROUTES,
 )
 ALL: Final[tuple[Route, ...]] = (*_OWN, route_of_document(_OWN))

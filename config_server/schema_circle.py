@@ -1,4 +1,4 @@
-"""The registry's tables of the operator's circle: lives, jobs, drills, recovery workers, policies, alerts."""
+"""The registry's tables of the operator's circle: lives, jobs, drills, recovery workers, policies, alerts, upkeep."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ TOKENS: Final = (
     "CREATE TABLE tokens ("
     " id TEXT PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, digest BLOB NOT NULL, created_by TEXT NOT NULL,"
     " created_ns INTEGER NOT NULL, expires_ns INTEGER NOT NULL, revoked_ns INTEGER) STRICT",
+)
+#: Upkeep, which came last.
+UPKEEP: Final = (
+    # by machine and kind: the worker that has it, when it is due (or its lease ends), when it last was done
+    "CREATE TABLE upkeep ("
+    " machine_id TEXT NOT NULL REFERENCES machines (id), kind TEXT NOT NULL, owner TEXT NOT NULL,"
+    " due_ns INTEGER NOT NULL, done_ns INTEGER NOT NULL, failures INTEGER NOT NULL DEFAULT 0,"
+    " PRIMARY KEY (machine_id, kind)) STRICT, WITHOUT ROWID",
+    # what retention has left of a machine's past (JSON)
+    "CREATE TABLE retentions (machine_id TEXT PRIMARY KEY REFERENCES machines (id), retention TEXT NOT NULL) STRICT",
 )
 #: What was protected before there were lives goes on as it is.
 TAKE_OVER: Final = (

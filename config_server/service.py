@@ -12,7 +12,7 @@ import fcntl
 import logging
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -22,14 +22,20 @@ from aiohttp import web
 from config_server import data_keys, parties, routes
 from config_server.api import Context, application
 from config_server.bells import Bells
+from config_server.events import Events
+from config_server.exposed import page
 from config_server.registry import RegistryThread
-from config_server.rounds import Rounds
+from config_server.rounds import ROUND_SECONDS, Rounds
 from config_server.settings import ENVIRONMENT_PREFIX, Settings
-from config_server.takeover import Takeover
+from config_server.takeover import CHECK_SECONDS, Takeover
+from config_server.timed import Timed
+from config_server.troubles import Troubles
 from config_server.vault import IDENTITY_DIRECTORY, REGISTRY_FILE, SETTINGS_FILE, Vault
 from replicar.clock import Clock
 from replicar.control.identity import Identity
-from replicar.errors import PermanentError, ReplicarError, TransientError
+from replicar.errors import PermanentError, ReplicarError
+from replicar.observe.endpoint import Endpoint
+from replicar.observe.exposition import Page
 from replicar.tls import reload_certificate, server_context
 
 #: How often the server looks whether its own certificate is due.
@@ -52,8 +58,10 @@ class ConfigServer:
         self.vault = Vault.load(settings.directory)
         self._identity = Identity.load(settings.directory / IDENTITY_DIRECTORY)
         self._tls: ssl.SSLContext | None = None
-        self.registry = RegistryThread(settings.directory / REGISTRY_FILE)
         self.bells = Bells()
+        self.troubles = Troubles()
+        self.events = Events(self.bells, clock)
+        self.registry = RegistryThread(settings.directory / REGISTRY_FILE, self.events.take)
         self.port = settings.port
 
     async def __aenter__(self) -> ConfigServer:
@@ -75,6 +83,8 @@ class ConfigServer:
                 bells=self.bells,
                 clock=self._clock,
                 heartbeat_seconds=self._settings.heartbeat_seconds,
+                troubles=self.troubles,
+                events=self.events,
             )
             runner = web.AppRunner(
                 application(context, routes.ALL),
@@ -86,6 +96,14 @@ class ConfigServer:
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             await self._listen(runner)
+
+            async def collect() -> Page:
+                now_ns, held = self._clock.now_ns(), self.bells.listening
+                return await self.registry.run(
+                    lambda connection: page(connection, self.troubles, now_ns, held_requests=held)
+                )
+
+            await stack.enter_async_context(Endpoint(self._settings.metrics_listen, collect))
             self._stack = stack.pop_all()
         return self
 
@@ -106,26 +124,28 @@ class ConfigServer:
         _log.info("renewed the config server's own certificate")
         return True
 
+    def keepers(self) -> tuple[Timed, ...]:
+        """What is done by the clock, beside answering; each one's `run` is the caller's to run.
+
+        The certificate has months to be renewed in, so what stands in the way is met again an hour later.
+        """
+        after = self._settings.takeover_seconds
+        work: list[tuple[str, float, Callable[[], Awaitable[object]]]] = [
+            ("the certificate's renewal", RENEW_CHECK_SECONDS, self.renew_certificate),
+            ("the rounds", ROUND_SECONDS, self.rounds().go),
+        ]
+        if after:
+            work.append(("takeover", min(CHECK_SECONDS, after), self.takeover().look))
+        return tuple(Timed(*each, self.troubles, self._clock) for each in work)
+
     def rounds(self) -> Rounds:
-        """What is done by the clock; its `run` is the caller's to run."""
+        """Thresholds, the server's own jobs, drills."""
         return Rounds(self.registry, self.vault, self.bells, self._clock, self._identity.id)
 
     def takeover(self) -> Takeover:
-        """What moves machines off dead process servers; its `run` is the caller's to run."""
+        """What moves machines off dead process servers."""
         seconds = self._settings.takeover_seconds
         return Takeover(self.registry, self.bells, self._clock, self._identity.id, seconds)
-
-    async def keep_certificate(self) -> None:
-        """Renew the server's own certificate whenever it is due; runs until cancelled.
-
-        What stands in the way for now (a full disk, say) is met again an hour later, months before it matters.
-        """
-        while True:
-            await self._clock.sleep(RENEW_CHECK_SECONDS)
-            try:
-                await self.renew_certificate()
-            except TransientError as error:
-                _log.warning("could not renew the config server's own certificate yet: %s", error)
 
     async def _listen(self, runner: web.AppRunner) -> None:
         listen, port = self._settings.listen, self._settings.port
@@ -146,11 +166,7 @@ async def run(settings: Settings, clock: Clock, stop: asyncio.Event, ready: Call
     async with ConfigServer(settings, clock) as server:
         try:
             async with asyncio.TaskGroup() as group:
-                keepers = [
-                    group.create_task(server.keep_certificate(), name="keep certificate"),
-                    group.create_task(server.takeover().run(), name="takeover"),
-                    group.create_task(server.rounds().run(), name="rounds"),
-                ]
+                keepers = [group.create_task(each.run(), name=each.part) for each in server.keepers()]
                 ready(server.port)
                 await stop.wait()
                 for keeper in keepers:

@@ -15,6 +15,8 @@ from pydantic_settings import SettingsConfigDict
 
 from config_server.vault import SETTINGS_FILE
 from replicar.control.messages import DEFAULT_PORT, MAX_WAIT_SECONDS
+from replicar.observe.endpoint import MetricsListen
+from replicar.observe.logs import LogFormat, LogFormatSetting
 from replicar.settings import FileSettings, Reader
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_CONFIG_SERVER_"
@@ -38,6 +40,8 @@ class Settings(FileSettings):
     address: str = ""
     heartbeat_seconds: Annotated[float, Field(ge=1, le=MAX_WAIT_SECONDS)] = 10.0
     takeover_seconds: Annotated[float, Field(ge=0)] = 900.0
+    metrics_listen: MetricsListen = ""
+    log_format: LogFormatSetting = LogFormat.TEXT
 
 
 def load_settings(file: Path | None = None, **given: Any) -> Settings:

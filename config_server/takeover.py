@@ -21,7 +21,7 @@ from config_server.operator_routes import ring_move
 from config_server.placement import Move
 from config_server.registry import RegistryThread
 from replicar.clock import Clock
-from replicar.errors import PermanentError, TransientError
+from replicar.errors import LimitError, PermanentError
 
 CHECK_SECONDS: Final = 10.0
 
@@ -44,15 +44,6 @@ class Takeover:
         self._after_seconds = after_seconds
         self._since_ns = clock.now_ns()
 
-    async def run(self) -> None:
-        """Look until cancelled."""
-        while self._after_seconds:
-            await self._clock.sleep(min(CHECK_SECONDS, self._after_seconds))
-            try:
-                await self.look()
-            except TransientError as error:
-                _log.warning("could not look for machines to be taken over yet: %s", error)
-
     async def look(self) -> list[Move]:
         """Move whoever is stranded now; one transaction."""
         moves = await self._registry.run(self._move)
@@ -67,6 +58,9 @@ class Takeover:
                 moves.append(placement.move(connection, machine, None, now_ns))
             except PermanentError:  # nobody is there to take it over yet: said by `replicar status` already
                 break
+            except LimitError as error:  # of this machine; the others are moved all the same
+                _log.warning("machine %s can't be taken over: %s", machine.name, error)
+                continue
             parties.audit(connection, self._identity, "takeover", f"machine {machine.name}", now_ns)
             _log.warning("machine %s: its process server is silent, another one takes it over", machine.name)
         return moves

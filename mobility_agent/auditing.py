@@ -39,6 +39,7 @@ from replicar.clock import Clock
 from replicar.control.files import PUBLIC_MODE, read_file, write_file
 from replicar.control.messages import AuditReport
 from replicar.errors import PermanentError
+from replicar.observe.logs import fields
 
 #: One read, one AUDIT.
 CHUNK_BYTES: Final = 1 << 20
@@ -155,7 +156,13 @@ class Auditor:
                 try:
                     digest = await asyncio.to_thread(self._digest, disk, offset, length)
                 except OSError as error:
-                    _log.warning("disk %s can't be read for its audit at %d: %s", disk.name, offset, error)
+                    _log.warning(
+                        "disk %s can't be read for its audit at %d: %s",
+                        disk.name,
+                        offset,
+                        error,
+                        extra=fields(disk=disk.name, offset=offset),
+                    )
                     return False
                 # From here to the end of the append nothing else runs: the hash is the disk's at its place.
                 if watch.hit:

@@ -10,7 +10,8 @@ connection owns the open frame while it fills it; when another one needs it, or 
 sealed and what the owner had received of an unfinished request is given back to it (`Owner.release`).
 
 When the files are full, `claim` gives a scratch area instead: writes go to the disk undescribed, and the ladder notes
-which regions they touched. A little room is kept back, so that the record that says so always fits.
+which regions they touched. A little room is kept back, so that the record that says so mostly fits; what a stream must
+say and has no room for is kept, and said before anything else (`say`), so a full log keeps nobody from starting.
 
 Weak: a page of the log is faulted in when it is first touched, and a file is made when it is first needed, both on the
 path of a write.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -92,6 +94,7 @@ class ChangeLog:
         self._waiters: list[asyncio.Future[None]] = []
         self._scratch = memoryview(bytearray(HEADER_BYTES + MAX_PAYLOAD_BYTES))
         self._owner: Owner | None = None
+        self._unsaid: deque[tuple[Kind, record.Item, Flag]] = deque()  # few: what a start says, and one gap
         self._sync_lock = asyncio.Lock()
         self.state = LogState(directory / "state")
         self.stored_sequence = first_sequence - 1
@@ -151,7 +154,7 @@ class ChangeLog:
             return None
         if self.next_sequence == self._last_audit + 1 and self.stored_sequence + 1 >= self._first_audit:
             return None
-        held = self.take(self.stored_sequence + 1)
+        held = self._files.take(self.stored_sequence + 1, most_bytes=0)  # one frame: this is asked ten times a second
         if held is None:
             return self._open_time_ns if self._count else None
         head = frame.read_header(held)
@@ -166,7 +169,7 @@ class ChangeLog:
             False when the log is full; then nothing changed, but that the open frame is sealed.
         """
         self.seal()
-        if not self._files.make_room(self.next_sequence, FRAME_ROOM + RECORD_ROOM):
+        if not self.say_rest() or not self._files.make_room(self.next_sequence, FRAME_ROOM + RECORD_ROOM):
             return False
         file = self._files.active
         changelog.stage_frame(file.data, file.sealed_end, self.next_sequence)
@@ -239,21 +242,28 @@ class ChangeLog:
 
     # -- records, background copies, audits ---------------------------------------------------------------------
 
-    def append_record(
-        self, kind: Kind, item: record.Mark | record.Gap | record.Disk, *, flags: Flag = Flag.NONE
-    ) -> int:
+    def append_record(self, kind: Kind, item: record.Item, *, flags: Flag = Flag.NONE) -> int:
         """Put a record into the stream; its sequence.
 
         Raises:
             LimitError: not even the room kept back is left.
         """
-        payload = record.pack_record(item)
-        disk = item.index if isinstance(item, record.Disk) else 0
-        table = frame.describe(kind, disk=disk, length=len(payload), time_ns=self.now_ns(), flags=flags)
-        sequence = self._append(table, payload, room=HEADER_BYTES + len(payload) + len(table) + frame.ALIGNMENT)
+        sequence = self._put_record(kind, item, flags) if self.say_rest() else None
         if sequence is None:
             raise LimitError("the change log has no room left even for a record", hint="raise journal_bytes")
         return sequence
+
+    def say(self, kind: Kind, item: record.Item, *, flags: Flag = Flag.NONE) -> None:
+        """Put a record into the stream that must not be missing there. Without room for it now, it comes as soon as
+        there is some, and nothing comes before it."""
+        self._unsaid.append((kind, item, flags))
+        self.say_rest()
+
+    def say_rest(self) -> bool:
+        """Put into the stream what `say` had no room for; whether nothing is left unsaid."""
+        while self._unsaid and self._put_record(*self._unsaid[0]) is not None:
+            self._unsaid.popleft()
+        return not self._unsaid
 
     def append_copy(self, kind: Kind, disk: int, offset: int, length: int, content: Buffer = b"") -> bool:
         """Put a background copy (Flag.SEED) into the stream: a WRITE with `content`, or a ZERO. False: no room now."""
@@ -337,36 +347,25 @@ class ChangeLog:
         owner.parsed = start
 
     def _recover(self, first_sequence: int, boot_id: bytes) -> Past:
-        """Open what is there, and say what of the past can be relied on. Where something can be missing, numbers go on
-        where none was ever given out, and the ladder has the disks compared."""
-        state = self.state
-        same_boot = state.boot_id == boot_id
-        found = self._files.recover(trust_staging=same_boot)
+        """Open what is there, and say what of the past can be relied on (see `LogState.begin`)."""
+        found = self._files.recover(trust_staging=self.state.boot_id == boot_id)
         self.last_time_ns = found.last_time_ns
-        self.next_sequence = max(first_sequence, found.next_sequence, state.anew_sequence)
-        began = self.next_sequence > state.anew_sequence  # else the process died before it could say so
-        sound = found.damaged_from is None
-        past = Past.UNKNOWN
-        if not state.is_new and sound and began and (same_boot or state.clean):
-            past = Past.KNOWN
-        elif not state.is_new and not same_boot and found.sound_until >= state.retired_sequence > 0:
-            past = Past.TOUCHED
-        if past is not Past.KNOWN:
-            if (began or not same_boot or not sound) and not state.is_new:
-                self.next_sequence = max(self.next_sequence, state.reserved_sequence)
-            state.anew_sequence = self.next_sequence
-        if past is Past.UNKNOWN:
-            state.retired_sequence = 0  # the next power cut may come before everything dirty is marked durably
-        state.reserved_sequence = max(state.reserved_sequence, frame.anew_after(self.next_sequence + frame.ANEW_STEP))
-        state.boot_id, state.clean = boot_id, False
-        state.gap_open = state.gap_open or past is not Past.KNOWN
-        state.save(durable=True)
+        past, self.next_sequence = self.state.begin(found, first_sequence, boot_id)
         self._files.forget_damage()
         self.first_sequence = self._files.first_sequence or self.next_sequence
         self.stored_sequence = self.first_sequence - 1
         return past
 
     def _append(self, table: bytes, payload: Buffer, *, room: int) -> int | None:
+        return self._put(table, payload, room) if self.say_rest() else None
+
+    def _put_record(self, kind: Kind, item: record.Item, flags: Flag) -> int | None:
+        payload = record.pack_record(item)
+        disk = item.index if isinstance(item, record.Disk) else 0
+        table = frame.describe(kind, disk=disk, length=len(payload), time_ns=self.now_ns(), flags=flags)
+        return self._put(table, payload, HEADER_BYTES + len(payload) + len(table) + frame.ALIGNMENT)
+
+    def _put(self, table: bytes, payload: Buffer, room: int) -> int | None:
         self.seal()
         if not self._files.make_room(self.next_sequence, room):
             return None

@@ -22,6 +22,7 @@ from mobility_agent.capture.fuse import session
 from mobility_agent.capture.trace import tracefs
 from mobility_agent.capture.trace.freeze import thaw_all
 from mobility_agent.capture.trace.tracked import BlockDevice
+from mobility_agent.exposed import PART
 from mobility_agent.hooks import Hooks
 from mobility_agent.install import cli as install_cli
 from mobility_agent.running import Running
@@ -30,6 +31,7 @@ from mobility_agent.state import StateDirectory
 from replicar.control.enrolment import enrol as enrol_with, read_passphrase
 from replicar.control.identity import Role
 from replicar.errors import PermanentError, ReplicarError
+from replicar.observe import logs
 
 #: A status older than this is no status of now.
 STALE_SECONDS: Final = 10.0
@@ -125,6 +127,10 @@ def run(
 
     journal_file_bytes, seed_bytes_per_second, rate_limit_bytes_per_second, seal_delay_seconds, heartbeat_seconds
 
+    metrics_listen = ""   where Prometheus may ask: a port of this machine, or host:port
+
+    log_format = "text"   or "json": one object a line
+
     application, a table with hooks (a directory), hook_timeout_seconds, mark_every_seconds: application-consistent
     points
 
@@ -133,13 +139,8 @@ def run(
     and for each disk a table [[disks]] with name, path, and nbd (a socket path, or host:port on this machine) or file
     (a path that the disk is shown as, to put a loop device on) or both
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
     chosen = load_settings(settings)
+    logs.set_up(PART, chosen.log_format, level=logging.DEBUG if verbose else logging.INFO)
     _run(lambda: Running(settings, chosen).run())
 
 
@@ -331,7 +332,9 @@ def main() -> None:
     try:
         app()
     except ReplicarError as error:
-        if "--json" in sys.argv[1:]:
+        if logs.told(error):
+            pass
+        elif "--json" in sys.argv[1:]:
             print(json.dumps(error.as_dict()))
         else:
             print(f"error: {error.message}", file=sys.stderr)

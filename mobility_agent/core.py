@@ -131,9 +131,10 @@ async def open_core(settings: AgentSettings, state: StateDirectory, clock: Clock
         log.on_record = gaps.observe
         ladder.start()
         if settled.gone:
-            ladder.remove([record.Disk(disk.index, disk.name, disk.size_bytes) for disk in settled.gone])
+            said = ladder.remove([record.Disk(disk.index, disk.name, disk.size_bytes) for disk in settled.gone])
             await log.sync()
-            state.disks_gone(settled.gone)
+            if said:  # else the next start says it
+                state.disks_gone(settled.gone)
         asking.settle(ladder, disks, copy_free_space=settings.copy_free_space)
         yield Core(state, identity, log, ladder, marks, gaps)
 

@@ -82,6 +82,13 @@ class DirtyExtents:
         held = self._held()
         return int(held["length"][held["disk"] == disk].sum())
 
+    def touch(self, disk: int, offset: int, length: int) -> bool:
+        """Whether any of them lies there, in part at least."""
+        held = self._held()
+        starts = held["offset"].astype(np.int64)
+        ends = starts + held["length"]
+        return bool(np.any((held["disk"] == disk) & (starts < offset + length) & (ends > offset)))
+
     def note(self, disk: int, offset: int, length: int) -> bool:
         """Take note of a write of at most `MAX_LENGTH`. False: there is no room, and merging didn't make any."""
         if self._count == self.capacity and not self._merge():

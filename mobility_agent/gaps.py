@@ -54,6 +54,7 @@ class Gaps:
         self._changed = False
         self.covered_sequence = 0
         self.ordered_from: tuple[int, int] | None = None
+        self.begun = 0  # in this life of the process
         self._load()
 
     @property
@@ -89,6 +90,7 @@ class Gaps:
             self.ordered_from = (found.sequence, found.time_ns)
         elif not self.is_open:
             self.ordered_from = None
+            self.begun += 1
             self._gaps.append(Gap(found.sequence, None, found.item.reason))
             self._report(self._gaps[-1])
 

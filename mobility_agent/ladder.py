@@ -34,6 +34,7 @@ from mobility_agent.logstate import Past
 from mobility_agent.owner import Owner
 from mobility_agent.regions import DirtyRegions
 from mobility_agent.touched import TouchedRegions
+from replicar.errors import LimitError
 from replicar.formats import frame, record
 from replicar.formats.frame import Flag, Kind
 
@@ -109,10 +110,10 @@ class Ladder:
     def start(self) -> None:
         """Call once, before anything is captured: finish what a killed process began, say which disks there are."""
         if self.log.survived:
-            self._redo()
             if self.extents is not None and self.extents.is_new and self.log.state.gap_open:
                 for regions in self.regions.values():  # the row of extents is gone, and nobody can tell what it held
                     regions.mark_all()
+            self._redo()
         else:
             self._mark_doubtful()
         # Where numbers were left out the gap has to be the first thing that the stream says.
@@ -124,12 +125,13 @@ class Ladder:
                 reason = "a disk is new, or has grown"
             self.open_gap(reason)
         for disk in self.disks.values():
-            self.log.append_record(Kind.DISK, record.Disk(disk.index, disk.name, disk.size_bytes))
+            self.log.say(Kind.DISK, record.Disk(disk.index, disk.name, disk.size_bytes))
 
-    def remove(self, disks: Sequence[record.Disk]) -> None:
-        """Say in the stream that these are no longer the machine's."""
+    def remove(self, disks: Sequence[record.Disk]) -> bool:
+        """Say in the stream that these are no longer the machine's; false if there is no room to say it yet."""
         for disk in disks:
-            self.log.append_record(Kind.DISK, replace(disk, action=record.DiskAction.REMOVED))
+            self.log.say(Kind.DISK, replace(disk, action=record.DiskAction.REMOVED))
+        return self.log.say_rest()
 
     def left_out_bytes_of(self, disk: int) -> int:
         """Free space of a disk for which the replica has zeros."""
@@ -145,7 +147,7 @@ class Ladder:
         """Say in the stream that order is not known from here."""
         self.log.state.gap_open = True
         self.log.state.save()
-        self.log.append_record(Kind.GAP, record.Gap(reason), flags=Flag.GAP_BEGIN)
+        self.log.say(Kind.GAP, record.Gap(reason), flags=Flag.GAP_BEGIN)
 
     def note(self, disk: int, offset: int, length: int) -> None:
         """A write that is not in the log is about to be done: the extents rung, or below it the regions'."""
@@ -182,14 +184,14 @@ class Ladder:
                 self.open_gap("the disk failed a write or a flush")
 
     def climb(self) -> bool:
-        """Capture in order again if the log has room; true if order is kept now."""
+        """Capture in order again if the log has room; true if order is kept now, and all is said."""
         if not self.log.ordered and self.log.used_bytes <= self.log.limit_bytes * CLIMB_SHARE:
             self.log.seal()
             self.log.ordered = True
             self._overflowed = self.extents is None
             if self.extents is not None:
                 self.extents.merge()
-        return self.log.ordered
+        return self.log.say_rest() and self.log.ordered
 
     def close_gap(self) -> bool:
         """End the gap if nothing is dirty and order is kept; true if no gap is open now."""
@@ -197,7 +199,10 @@ class Ladder:
             return True
         if not self.log.ordered or not self.is_clean:
             return False
-        self.log.append_record(Kind.GAP, record.Gap("all dirty regions are copied"), flags=Flag.GAP_END)
+        try:
+            self.log.append_record(Kind.GAP, record.Gap("all dirty regions are copied"), flags=Flag.GAP_END)
+        except LimitError:
+            return False  # it stays open until there is room
         self.log.state.gap_open = False
         self.log.state.save()
         return True
@@ -233,7 +238,11 @@ class Ladder:
             skipped.observe(table, index)
 
     def _redo(self) -> None:
-        """Do the last frame's writes again: a process that was killed may have logged one and not done it."""
+        """Do the last frame's writes again: a process that was killed may have logged one and not done it.
+
+        But never over what is dirty: it may have been written behind that frame, while the log was full, and is on the
+        disk alone. Nor need it be: what was not done was not acknowledged, and the copy will say what the disk has.
+        """
         last = self.log.take(self.log.next_sequence - 1)
         if last is None:
             return
@@ -245,7 +254,16 @@ class Ladder:
             disk = self.disks.get(index)
             if disk is None or not disk.is_served or flags & Flag.SEED:
                 continue
-            if kind == Kind.WRITE:
+            if self._is_dirty(index, offset, length):
+                self.regions[index].mark(offset, length)  # the whole of it, where a part was dirty
+            elif kind == Kind.WRITE:
                 disk.write(offset, found.payload[place : place + length])
             elif kind == Kind.ZERO:
                 disk.zero(offset, length)
+
+    def _is_dirty(self, disk: int, offset: int, length: int) -> bool:
+        """Whether any of a range waits to be copied."""
+        if self.extents is not None and self.extents.touch(disk, offset, length):
+            return True
+        regions = self.regions[disk]
+        return regions.is_dirty(offset // regions.region_bytes, -(-(offset + length) // regions.region_bytes))

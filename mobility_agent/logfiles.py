@@ -42,7 +42,10 @@ class Recovered:
     @property
     def sound_until(self) -> int:
         """Everything before this sequence that was not trimmed is there."""
-        return self.next_sequence if self.damaged_from is None else min(self.damaged_from, self.next_sequence)
+        if self.damaged_from is None:
+            return self.next_sequence
+        # Where nothing else is left, all that lay in front of the damage was trimmed.
+        return min(self.damaged_from, self.next_sequence) if self.next_sequence else self.damaged_from
 
 
 class LogFiles:
@@ -138,14 +141,14 @@ class LogFiles:
             changelog.forget_tail(file.data, file.sealed_end)
         self._torn.clear()
 
-    def take(self, sequence: int) -> memoryview | None:
+    def take(self, sequence: int, most_bytes: int = TAKE_BYTES) -> memoryview | None:
         """Sealed frames, back to back, from the one that holds `sequence` on; None if it is not sealed yet.
 
         Where numbers were skipped (after a power cut), the next frame there is.
         """
         for file in self._files:
             if sequence < file.next_sequence:
-                return file.frames_from(max(sequence, file.first_sequence), TAKE_BYTES)
+                return file.frames_from(max(sequence, file.first_sequence), most_bytes)
         return None
 
     def make_room(self, next_sequence: int, wanted: int) -> bool:

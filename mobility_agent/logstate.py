@@ -22,7 +22,9 @@ from typing import Final
 
 import xxhash
 
+from mobility_agent.logfiles import Recovered
 from replicar.errors import CorruptionError
+from replicar.formats import frame
 
 _MAGIC: Final = b"RPSTATE\x01"
 _PAGE: Final = 4096
@@ -50,6 +52,38 @@ class LogState:
         self.gap_open, self.clean, self.boot_id = False, False, bytes(16)
         if not self.is_new:
             self._load(path)
+
+    def begin(self, found: Recovered, first_sequence: int, boot_id: bytes) -> tuple[Past, int]:
+        """What of the past can be relied on, and the number to go on with; durably noted.
+
+        Where something can be missing, numbers go on where none was ever given out, and the ladder has the disks
+        compared.
+
+        Args:
+            found: what the log's files hold.
+            first_sequence: where numbering begins if they hold nothing.
+            boot_id: of the operating system that runs now.
+        """
+        same_boot = self.boot_id == boot_id
+        next_sequence = max(first_sequence, found.next_sequence, self.anew_sequence)
+        began = next_sequence > self.anew_sequence  # else the process died before it could say so
+        sound = found.damaged_from is None
+        past = Past.UNKNOWN
+        if not self.is_new and sound and began and (same_boot or self.clean):
+            past = Past.KNOWN
+        elif not self.is_new and not same_boot and found.sound_until >= self.retired_sequence > 0:
+            past = Past.TOUCHED
+        if past is not Past.KNOWN:
+            if (began or not same_boot or not sound) and not self.is_new:
+                next_sequence = max(next_sequence, self.reserved_sequence)
+            self.anew_sequence = next_sequence
+        if past is Past.UNKNOWN:
+            self.retired_sequence = 0  # the next power cut may come before everything dirty is marked durably
+        self.reserved_sequence = max(self.reserved_sequence, frame.anew_after(next_sequence + frame.ANEW_STEP))
+        self.boot_id, self.clean = boot_id, False
+        self.gap_open = self.gap_open or past is not Past.KNOWN
+        self.save(durable=True)
+        return past, next_sequence
 
     def save(self, *, durable: bool = False) -> None:
         """Write the fields into the page; with `durable`, return only when the disk has them.

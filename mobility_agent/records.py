@@ -21,7 +21,7 @@ class Record:
 
     sequence: int
     kind: Kind
-    item: record.Mark | record.Gap | record.Disk
+    item: record.Item
     flags: Flag
     time_ns: int
 
@@ -31,11 +31,9 @@ class RecordedLog(ChangeLog):
 
     on_record: Callable[[Record], None] | None = None
 
-    def append_record(
-        self, kind: Kind, item: record.Mark | record.Gap | record.Disk, *, flags: Flag = Flag.NONE
-    ) -> int:
-        sequence = super().append_record(kind, item, flags=flags)
-        if self.on_record is not None:
+    def _put_record(self, kind: Kind, item: record.Item, flags: Flag) -> int | None:
+        sequence = super()._put_record(kind, item, flags)
+        if sequence is not None and self.on_record is not None:
             self.on_record(Record(sequence, kind, item, flags, self.last_time_ns))
         return sequence
 
@@ -64,7 +62,7 @@ def _record_at(data: memoryview, offset: int, header: frame.FrameHeader) -> Reco
     at = offset + header.table_offset
     _, length, time_ns, place, _, kind, flags = frame.PACK_DESCRIPTOR.unpack_from(data, at)
     start = offset + frame.HEADER_BYTES + place
-    item: record.Mark | record.Gap | record.Disk
+    item: record.Item
     match kind:
         case Kind.MARK:
             item = record.read_mark(data[start : start + length])

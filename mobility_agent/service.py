@@ -20,6 +20,7 @@ import logging
 import os
 import random
 import ssl
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -32,6 +33,7 @@ from mobility_agent.checkpoint import Checkpointer
 from mobility_agent.commands import CommandQueue
 from mobility_agent.control import Control
 from mobility_agent.core import Core, open_core
+from mobility_agent.exposed import page
 from mobility_agent.groups import Groups
 from mobility_agent.metrics import SAMPLE_SECONDS, Metrics
 from mobility_agent.records import RecordedLog
@@ -50,6 +52,9 @@ from replicar.control.client import ControlClient
 from replicar.errors import PermanentError
 from replicar.formats.record import Consistency
 from replicar.nbd.tls import server_context
+from replicar.observe import logs
+from replicar.observe.endpoint import Endpoint
+from replicar.observe.exposition import Page
 
 STATUS_SECONDS: Final = 1.0
 Capture: TypeAlias = InlineCapture | TracedMachine
@@ -103,6 +108,7 @@ class Service:
 
     async def _serve(self, core: Core, client: ControlClient, stop: asyncio.Event) -> None:
         settings, clock = self._settings, self._clock
+        logs.always(machine=core.identity.name, machine_id=str(core.identity.id))
         sender = Sender(
             core.log,
             core.identity,
@@ -111,7 +117,7 @@ class Service:
             seal_delay_seconds=settings.seal_delay_seconds,
             rate_limit_bytes_per_second=settings.rate_limit_bytes_per_second,
             randomness=self._randomness,
-            software=f"replicar {metadata.version('replicar')}",
+            software=_software(),
         )
         auditor = self._auditor(core)
         follower = None
@@ -140,20 +146,25 @@ class Service:
         seeder = self._seeder = Seeder(core.ladder, clock, bytes_per_second=settings.seed_bytes_per_second or 0)
         async with follower or self._inline(core) as capture:
             for name, address in [*capture.addresses.items(), *settings.files.items()]:
-                _log.info("disk %s is served at %s", name, address)
-            self.ready.set()
-            await first_of(
-                stop.wait(),
-                sender.run(),
-                (follower or seeder).run(),
-                Checkpointer(core.ladder, clock).run(),
-                control.run(),
-                commands.run(),
-                self._measure(follower or core.log, sender),
-                self._publish(core, sender, control, capture),
-                *(schedule.run() for schedule in schedules.values()),
-                *((auditor.run(),) if auditor is not None else ()),
-            )
+                _log.info("disk %s is served at %s", name, address, extra=logs.fields(disk=name))
+
+            async def collect() -> Page:
+                return page(self._status(core, sender, control, capture, running=True))
+
+            async with Endpoint(settings.metrics_listen, collect):
+                self.ready.set()
+                await first_of(
+                    stop.wait(),
+                    sender.run(),
+                    (follower or seeder).run(),
+                    Checkpointer(core.ladder, clock).run(),
+                    control.run(),
+                    commands.run(),
+                    self._measure(follower or core.log, sender),
+                    self._publish(core, sender, control, capture),
+                    *(schedule.run() for schedule in schedules.values()),
+                    *((auditor.run(),) if auditor is not None else ()),
+                )
         groups.close()
         _log.info("stopped: no more writes are taken")
         await core.log.sync()
@@ -262,6 +273,7 @@ class Service:
             "application": core.marks.application_facts(),
             "audit": audit.model_dump() if (audit := control.audit) is not None else None,
             "in_gap": core.ladder.in_gap,
+            "gaps_begun": core.gaps.begun,
             "dirty_bytes": core.ladder.dirty_bytes,
             "resync_read_bytes": seeder.copied_bytes + seeder.equal_bytes if seeder is not None else 0,
             "resync_sent_bytes": seeder.copied_bytes if seeder is not None else 0,
@@ -286,3 +298,9 @@ def _text(address: Path | tuple[str, int] | None) -> str:
     if address is None:
         return ""
     return str(address) if isinstance(address, Path) else f"{address[0]}:{address[1]}"
+
+
+@lru_cache(maxsize=1)
+def _software() -> str:
+    """What this agent calls itself."""
+    return f"replicar {metadata.version('replicar')}"

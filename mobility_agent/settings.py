@@ -35,6 +35,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from replicar.errors import PermanentError
 from replicar.formats.changelog import MAX_FILE_BYTES, MIN_FILE_BYTES
 from replicar.nbd.protocol import LOOPBACK
+from replicar.observe.endpoint import MetricsListen
+from replicar.observe.logs import LogFormat, LogFormatSetting
 
 ENVIRONMENT_PREFIX: Final = "REPLICAR_AGENT_"
 #: Names the settings file itself; the one variable of that prefix that is no setting.
@@ -48,6 +50,14 @@ class CaptureKind(StrEnum):
     INLINE = "inline"
     TRACE = "trace"
     SCAN = "scan"
+
+
+#: What only one kind of capture honours is refused with the others.
+_ONLY_WITH: Final = {
+    "freeze_budget_seconds": CaptureKind.TRACE,
+    "scan_every_seconds": CaptureKind.SCAN,
+    "nbd_tls": CaptureKind.INLINE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +199,15 @@ class AgentSettings(BaseSettings):
         default=None, ge=0.1, le=30.0, description="how often to report when nothing happens; default: as told"
     )
 
+    metrics_listen: MetricsListen = ""
+    log_format: LogFormatSetting = LogFormat.TEXT
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        for name in sorted(self.model_fields_set & _ONLY_WITH.keys()):
+            kind = _ONLY_WITH[name]
+            if self.capture is not kind:
+                raise ValueError(f'{name} is of capture = "{kind}", and means nothing with "{self.capture}": remove it')
         if self.journal_bytes < 2 * self.journal_file_bytes:
             raise ValueError("journal_bytes must be at least twice journal_file_bytes")
         for what, values in (

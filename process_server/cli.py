@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import sys
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from process_server.exposed import PART
 from process_server.health import load_status
 from process_server.service import ProcessServer
 from process_server.settings import DEFAULT_DIRECTORY, Settings, load_settings
@@ -23,6 +23,7 @@ from replicar.control.enrolment import RegistrationKey, enrol, read_passphrase
 from replicar.control.identity import Role
 from replicar.errors import ReplicarError
 from replicar.memory import collect_rarely, keep_memory
+from replicar.observe import logs
 from replicar.signals import Level as Health
 
 app = typer.Typer(
@@ -101,6 +102,8 @@ def run(
       cache_bytes = 17179869184    buffers_bytes = 268435456    compression_level = 1
       segment_age_seconds = 0.2    uploads_per_machine = 4      heartbeat_seconds = 10
       log_stripes = 8              log_blob_bytes = 4294967296
+      metrics_listen = ""          # where Prometheus may ask: a port of this machine, or host:port
+      log_format = "text"          # or "json": one object a line
 
     \b
     At the end of the file, if wanted:
@@ -116,10 +119,8 @@ def run(
 
     The environment overrides it: REPLICAR_PS_PORT=9444, REPLICAR_PS_STORAGE__CONTAINER=other.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # The storage client's own lines (URLs, requests) are not for this log.
-    logging.getLogger("azure").setLevel(logging.WARNING)
     loaded = load_settings(settings)
+    logs.set_up(PART, loaded.log_format)
     keep_memory()
     collect_rarely()
     with asyncio.Runner(loop_factory=_fast_loop) as runner:
@@ -164,7 +165,7 @@ async def _serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
 
     def ready(port: int) -> None:
-        typer.echo(f"process-server: listening on {settings.listen_host}:{port}, state in {settings.directory}")
+        logs.announce(f"process-server: listening on {settings.listen_host}:{port}, state in {settings.directory}")
 
     await ProcessServer(settings, SystemClock()).run(stop, ready)
 
@@ -193,6 +194,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["upload_limit"] is not None:
         lines.append(f"uploads: limited to {facts['upload_limit']:,} bytes a second at this hour")
+    if facts.get("compression_level") is not None:
+        lines.append(f"compression: level {facts['compression_level']} just now")
     lines += [f"{part}: {error['message']}; {error['hint']}" for part, error in facts["errors"].items()]
     for machine in facts["machines"]:
         counters = machine["counters"]
@@ -225,7 +228,8 @@ def main() -> None:
     try:
         app()
     except ReplicarError as error:
-        typer.echo(f"process-server: {error}", err=True)
+        if not logs.told(error):
+            typer.echo(f"process-server: {error}", err=True)
         sys.exit(error.exit_status)
 
 

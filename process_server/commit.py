@@ -21,6 +21,7 @@ from process_server.cache import CacheFile, PageWrite, SlotHeader
 from process_server.slots import Slots
 from process_server.stream import Commit, Stream
 from replicar.errors import LimitError
+from replicar.observe.histogram import Histogram
 
 #: The least time from one commit's beginning to the next one's: at most 50 syncs a second. The first one after a pause
 #: waits for nothing.
@@ -35,6 +36,7 @@ class Committer:
 
     def __init__(self, cache: CacheFile, slots: Slots) -> None:
         self.error: LimitError | None = None
+        self.seconds = Histogram()  # that commits took, syncs and all
         self._cache = cache
         self._slots = slots
         self._dirty: dict[Stream, Callable[[], None]] = {}
@@ -86,7 +88,7 @@ class Committer:
 
     async def _write(self, loop: asyncio.AbstractEventLoop, writes: list[PageWrite]) -> None:
         """Write and sync; the slots are pinned, so the same bytes can be written as often as it takes."""
-        pause = FULL_SECONDS
+        pause, began = FULL_SECONDS, loop.time()
         while True:
             try:
                 await loop.run_in_executor(self._thread, self._cache.write, writes)
@@ -94,6 +96,7 @@ class Committer:
                 self.error = error
             else:
                 self.error = None
+                self.seconds.observe(loop.time() - began)
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_FULL_SECONDS)

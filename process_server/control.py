@@ -106,6 +106,7 @@ def _heartbeat(health: ServerHealth, wait_seconds: float) -> ProcessServerHeartb
                 stored_digest=machine.stored_digest,
                 counted_since=machine.counters.since,
                 pending_bytes=machine.pending_bytes,
+                rpo_seconds=machine.rpo_seconds,
                 bytes_received=machine.counters.bytes_received,
                 bytes_stored=machine.counters.bytes_uploaded,
             )

@@ -1,4 +1,4 @@
-"""How hard to compress: not at all what does not shrink, and harder where the link is the narrow place.
+"""Where to compress at all: not what does not shrink. (How hard is `level`'s matter.)
 
 zstd finds out by itself that data do not shrink, but has read all of them by then, and the higher its level the more it
 tries. So where a machine's last segment held chunks that did not shrink (archives, media, encrypted files come in
@@ -6,10 +6,7 @@ runs), the chunks of the next are asked first: a few small samples of each, toge
 long as everything shrinks nobody is asked. A chunk that is wrongly passed over is stored as it is, which costs space
 and nothing else, and the next segment asks again.
 
-The hours' bandwidth says how wide the link is. Below what a core can bring forth at a higher level, that level costs
-time which nobody waits for, and makes more of every byte that may go out. Without a limit the configured level stands.
-
-Pure: bytes and numbers in, a choice out. Weak: a link that is narrow without having been told so is not noticed.
+Pure: bytes in, a choice out.
 """
 
 from __future__ import annotations
@@ -21,19 +18,6 @@ SAMPLES: Final = 4
 SAMPLE_BYTES: Final = 1024
 #: A sample has to lose this part of itself; zstd's own headers are a tenth of that.
 LEAST_GAIN: Final = 1 / 16
-#: Upload rates in bytes a second below which a core keeps up at such a level (zstd, half text and half noise: 290 MB/s
-#: of input at 3, about 80 at 6; a machine has other things to do as well).
-LEVELS: Final = ((8 << 20, 6), (32 << 20, 3))
-
-
-def level_for(configured: int, rate: int | None) -> int:
-    """The level to use while `rate` bytes a second may be uploaded (None for no limit); never below `configured`.
-
-    A configured 0 stays 0: whoever wants nothing compressed has a reason.
-    """
-    if rate is None or configured == 0:
-        return configured
-    return next((max(configured, level) for below, level in LEVELS if rate < below), configured)
 
 
 class Effort:

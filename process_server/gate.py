@@ -58,6 +58,12 @@ class Gate:
         self._held: Counter[Stream] = Counter()
         self._under_way = 0
         self._timer: asyncio.TimerHandle | None = None
+        self.paced_seconds = 0.0  # for which the hour's uploads held everybody up
+
+    @property
+    def under_way_bytes(self) -> int:
+        """Between cache and storage now, before compression."""
+        return self._under_way
 
     @property
     def rate(self) -> int | None:
@@ -147,6 +153,7 @@ class Gate:
 
     def _later(self, seconds: float) -> None:
         if self._timer is None:
+            self.paced_seconds += seconds
             self._timer = asyncio.get_running_loop().call_later(seconds, self._look_again)
 
     def _look_again(self) -> None:

@@ -36,8 +36,10 @@ ASSIGNMENT_SECONDS: Final = 3.0
 ASSIGNMENT_CHECK_SECONDS: Final = 0.1
 #: How long a HELLO waits for its machine's log; well below wire.SILENCE_SECONDS.
 WELCOME_SECONDS: Final = 10.0
-#: An acknowledgement waits this long for others to join it, and comes no sooner than so long after the last one.
+#: An acknowledgement waits this long for others to join it, and comes no sooner than so long after the last one. One
+#: that says *received* alone waits longer: the agent lets go of nothing by it, and *stored* mostly follows soon.
 ACK_PAUSE_SECONDS: Final = 0.005
+RECEIVED_PAUSE_SECONDS: Final = 0.1
 ACK_SPACING_SECONDS: Final = 0.02
 #: A peer that vanished without a word is noticed after 30 + 3 x 10 s.
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
@@ -145,7 +147,14 @@ class Connection(asyncio.BufferedProtocol):
         self.resume()
 
     def progress(self) -> None:
-        if self._receiver is not None and self._receiver.progress() != self._acknowledged:
+        if self._receiver is None:
+            return
+        received, stored = self._receiver.progress()
+        if (received, stored) == self._acknowledged:
+            return
+        if stored == self._acknowledged[1]:
+            self._acknowledge_later(RECEIVED_PAUSE_SECONDS)
+        else:
             soonest = self._acknowledged_at + ACK_SPACING_SECONDS - self._loop.time()
             self._acknowledge_later(max(ACK_PAUSE_SECONDS, soonest))
             self._receiver.stored()

@@ -19,23 +19,21 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from replicar.errors import CorruptionError
 from replicar.formats import frame
 from replicar.formats.frame import FrameHeader, Table
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
+class Begin(NamedTuple):
     """A frame that may be the next one begins here: see that there is room for all of it, and ask again."""
 
     header: FrameHeader
 
 
-@dataclass(frozen=True, slots=True)
-class Accept:
-    """The next frame, verified; its bytes stay where they are."""
+class Accept(NamedTuple):
+    """The next frame, verified; its bytes stay where they are. A tuple like the one above: every frame needs both."""
 
     header: FrameHeader
 

@@ -43,6 +43,11 @@ class Listener:
         self._nobody.set()
         self._server: asyncio.Server | None = None
 
+    @property
+    def connections(self) -> int:
+        """How many stand now."""
+        return len(self._connections)
+
     async def open(self, host: str, port: int, context: ssl.SSLContext) -> None:
         """Listen; port 0 takes a free one.
 

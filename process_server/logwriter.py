@@ -11,6 +11,12 @@ Whoever adds a blob to its run (another stripe, another run) also creates, lease
 writer made a blob before the newer one's list, the newer one breaks its lease before it reads the log; if after, the
 older one sees the newer run and stops. A write under a broken lease is refused by the store itself.
 
+A creation may land late, when whoever asked for it is dead: an empty blob of our epoch that nobody ever leases. So of
+our own epoch a newer run counts when somebody holds a blob of it, or has written its header; else we go on, and take a
+number above it when we begin a run. That costs no safety: should its maker live after all, it lists only when it has
+its lease, which is after we looked, and so it sees our blobs and breaks our leases. A later *epoch* counts in any case,
+empty blobs too: those are made to shut writers out.
+
 Positions are written once: a failed or timed-out write is repeated with the same bytes at the same place. Whoever has
 to write something else (after a restart, say) begins a new run.
 
@@ -134,7 +140,7 @@ class LogWriter:
         """
         log = cls(store, writer, limits, clock, claim)
         blobs = await log._blobs()
-        log._refuse_newer(blobs)
+        await log._refuse_newer(blobs)
         log.run = 1 + max((name.run for name, _ in blobs if name.epoch == writer.epoch), default=0)
         try:
             await log._add_stripe(fence=True)
@@ -227,11 +233,18 @@ class LogWriter:
         try:
             await self._store.create(str(name), self._limits.blob_bytes, metadata={"writer": token})
         except ConflictError as error:
-            raise self._fenced(f"another process server made {name} at the same time") from error
+            if await self._is_alive(self.run, await self._blobs()):
+                raise self._fenced(f"another process server made {name} at the same time") from error
+            self.run -= 1  # it was not we who began it: should it be held by then, the next try is to see it
+            raise TransientError(
+                f"{name} was made at the same time, and nobody has taken it",
+                hint="nothing to do: a late request of a process server that died is passed over by the next try",
+                machine_id=str(name.machine_id),
+            ) from error
         stripe = _Stripe(name, await self._store.acquire_lease(str(name)))
         self._stripes.append(stripe)
         blobs = await self._blobs()
-        self._refuse_newer(blobs)
+        await self._refuse_newer(blobs)
         if fence:
             for other, leased in blobs:
                 if leased and other != name:
@@ -263,11 +276,27 @@ class LogWriter:
         named = ((logblob.read_name(info.name), info.leased) for info in infos)
         return [(name, leased) for name, leased in named if name is not None]
 
-    def _refuse_newer(self, blobs: list[tuple[BlobName, bool]]) -> None:
-        ours = (self._writer.epoch, self.run)
-        newest = max(((name.epoch, name.run) for name, _ in blobs), default=ours)
-        if newest[0] > ours[0] or (self.run and newest > ours):
-            raise self._fenced(f"storage holds epoch {newest[0]}, run {newest[1]}; ours is epoch {ours[0]}")
+    async def _refuse_newer(self, blobs: list[tuple[BlobName, bool]]) -> None:
+        epoch = self._writer.epoch
+        latest = max((name.epoch for name, _ in blobs), default=epoch)
+        if latest > epoch:
+            raise self._fenced(f"storage holds epoch {latest}; ours is epoch {epoch}")
+        later = sorted({name.run for name, _ in blobs if name.epoch == epoch and name.run > self.run})
+        for run in later if self.run else ():
+            if await self._is_alive(run, blobs):
+                raise self._fenced(f"storage holds run {run} of epoch {epoch}; ours is run {self.run}")
+
+    async def _is_alive(self, run: int, blobs: list[tuple[BlobName, bool]]) -> bool:
+        """Whether somebody has ever had that run of our epoch: it holds a blob, or a header is written."""
+        if any(leased for name, leased in blobs if (name.epoch, name.run) == (self._writer.epoch, run)):
+            return True
+        first = str(BlobName(self._writer.machine_id, self._writer.epoch, run, 0))
+        try:
+            return any(await self._store.read(first, 0, logblob.HEADER_BYTES))
+        except PermanentError as error:
+            if not is_missing(error):
+                raise
+            return False  # removed again, by whoever did not begin it after all
 
     def _fenced(self, why: str) -> FencedError:
         return FencedError(

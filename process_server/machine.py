@@ -18,12 +18,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final
 
 from process_server.admission import admit
+from process_server.agent import Agent
 from process_server.cache import CacheFile, SlotHeader
 from process_server.commit import Committer
-from process_server.health import Counters, MachineHealth, error_data
+from process_server.health import Counters, MachineHealth, Tallies, error_data, rpo_seconds
 from process_server.logwriter import Claim, LogLimits, LogWriter, Writer, lease_lost
 from process_server.pipeline import CacheDamage, Pipeline
 from process_server.recovery import take_up
@@ -32,7 +33,7 @@ from process_server.slots import Slots
 from process_server.stream import LOST_LOG_HINT, Cutting, Slot, Stream
 from replicar.clock import Clock
 from replicar.errors import ConflictError, CorruptionError, FencedError, ReplicarError, TransientError
-from replicar.formats.wire import Hello, Welcome
+from replicar.formats.wire import Hello
 from replicar.log.reader import Tail
 from replicar.log.tail import Stored
 from replicar.storage.store import PageBlobStore
@@ -95,19 +96,7 @@ class Workshop:
     sealer: Sealer
     clock: Clock
     tuning: Tuning
-
-
-class Agent(Protocol):
-    """A machine's connection, as far as the machine knows it."""
-
-    def welcome(self, welcome: Welcome) -> None:
-        """Frames may come."""
-
-    def progress(self) -> None:
-        """Received or stored moved."""
-
-    def refuse(self, error: ReplicarError) -> None:
-        """Say why, and hang up."""
+    tallies: Tallies = field(default_factory=Tallies)
 
 
 class Machine:
@@ -204,6 +193,7 @@ class Machine:
                 try:
                     await self._serve()
                 except FencedError as error:
+                    self.counters.leases_lost += 1
                     self.state, self.error = MachineState.WAITING, lease_lost(error)
                     if self.error is error:
                         self._stop(error)
@@ -250,6 +240,7 @@ class Machine:
 
     def health(self) -> MachineHealth:
         stream, known = self.stream, self._known()
+        sealing, uploading = self._pipeline.under_way if self._pipeline is not None else (0, 0)
         return MachineHealth(
             machine_id=self.assignment.machine_id,
             name=self.assignment.name,
@@ -262,6 +253,9 @@ class Machine:
             stored_segment=known.number,
             stored_digest=known.digest.hex(),
             pending_bytes=stream.pending_bytes if stream is not None else 0,
+            sealing_bytes=sealing,
+            uploading_bytes=uploading,
+            rpo_seconds=rpo_seconds(stream.oldest_ns, self.workshop.clock.now_ns()) if stream is not None else None,
             counters=self.counters,
             error=error_data(self.error),
         )
@@ -295,6 +289,7 @@ class Machine:
             cache=shop.cache,
             clock=shop.clock,
             counters=self.counters,
+            tallies=shop.tallies,
             uploads=shop.tuning.uploads,
             on_stored=self._progress,
             on_error=self._upload_error,

@@ -20,7 +20,7 @@ from typing import Final
 from process_server.cache import PAYLOAD_BYTES, CacheFile, page_ceiling, page_floor
 from process_server.effort import Effort
 from process_server.gate import Pass
-from process_server.health import Counters
+from process_server.health import Counters, Tallies
 from process_server.logwriter import LogWriter, Place, Writer
 from process_server.sealer import Sealer
 from process_server.slots import Slots
@@ -53,6 +53,7 @@ class _Work:
     position: Position
     chained: asyncio.Future[bytes]
     digest: bytes = b""
+    is_sealed: bool = False
 
 
 class Pipeline:
@@ -75,6 +76,7 @@ class Pipeline:
         cache: CacheFile,
         clock: Clock,
         counters: Counters,
+        tallies: Tallies,
         uploads: int,
         on_stored: Callable[[], None],
         on_error: Callable[[ReplicarError | None], None],
@@ -82,8 +84,8 @@ class Pipeline:
         self.tail = log.tail
         self._stream, self._log, self._writer = stream, log, writer
         self._sealer, self._slots, self._cache = sealer, slots, cache
-        self._gate = sealer.gate
-        self._clock, self._counters = clock, counters
+        self._gate, self._meter = sealer.gate, sealer.meter
+        self._clock, self._counters, self._tallies = clock, counters, tallies
         self._uploads = asyncio.Semaphore(uploads)
         self._on_stored, self._on_error = on_stored, on_error
         self._news = asyncio.Event()
@@ -92,6 +94,12 @@ class Pipeline:
         self._last: _Work | None = None
         self._passes: dict[_Work, Pass] = {}
         self._effort = Effort()
+
+    @property
+    def under_way(self) -> tuple[int, int]:
+        """Bytes being sealed, and bytes sealed that are not stored, or not all before them; before compression."""
+        sealed = sum(work.segment.raw_bytes for work in self._works if work.is_sealed)
+        return sum(work.segment.raw_bytes for work in self._works) - sealed, sealed
 
     def wake(self) -> None:
         """The stream has news for `tick`."""
@@ -126,7 +134,8 @@ class Pipeline:
     async def _start(self, group: asyncio.TaskGroup) -> None:
         if not self._log.reserve():
             await self._roll()
-        found = await self._gate.admit(self._stream, lambda: self._stream.next_bytes)
+        with self._meter.waiting():
+            found = await self._gate.admit(self._stream, lambda: self._stream.next_bytes)
         [each] = self._stream.tick(self._clock.monotonic(), most=1)
         self._number += 1
         position = Position(
@@ -156,8 +165,13 @@ class Pipeline:
         try:
             data, place = await self._seal(work, previous, self._passes[work].buffer)
             self._gate.sealed(self._passes[work].raw_bytes, len(data))
-            async with self._uploads:
+            work.is_sealed = True
+            with self._meter.waiting():
+                await self._uploads.acquire()
+            try:
                 await self._upload(place, data)
+            finally:
+                self._uploads.release()
         finally:
             self._give_back(work)
         self._stored(work, len(data))
@@ -174,7 +188,11 @@ class Pipeline:
         try:
             if slot.buffer is None:
                 readback = await self._slots.readback.acquire()
-            chunks = await self._sealer.run(self._prepare, work, slot.buffer, readback, out)
+            with self._meter.sealing(work.segment.raw_bytes):
+                if readback is None and self._sealer.is_quick(work.segment.raw_bytes):
+                    chunks = self._prepare(work, slot.buffer, None, out)
+                else:
+                    chunks = await self._sealer.run(self._prepare, work, slot.buffer, readback, out)
             before = self._log.tail.digest if previous is None else await previous.chained
             data, work.digest = segment.chain(chunks, before)
             place = await self._log.place(len(data))
@@ -189,7 +207,7 @@ class Pipeline:
     def _prepare(
         self, work: _Work, buffer: memoryview | None, readback: memoryview | None, out: memoryview
     ) -> SealedChunks:
-        """In a thread: get the bytes, compress and encrypt them."""
+        """Get the bytes, compress and encrypt them; in a thread, but for what is quick."""
         each, where = work.segment, work.position
         source = buffer
         try:
@@ -207,16 +225,18 @@ class Pipeline:
             raise CacheDamage(each, error) from error
 
     async def _upload(self, place: Place, data: memoryview) -> None:
-        pause = RETRY_SECONDS
+        pause, began = RETRY_SECONDS, self._clock.monotonic()
         while True:
             try:
                 await self._log.write(place, data)
             except TransientError as error:
+                self._counters.upload_failures += 1
                 self._on_error(error)
                 await self._clock.sleep(max(pause, error.retry_after_seconds or 0.0))
                 pause = min(2 * pause, LONGEST_RETRY_SECONDS)
                 self._gate.spend(len(data))
             else:
+                self._tallies.upload_seconds.observe(self._clock.monotonic() - began)
                 return
 
     def _stored(self, work: _Work, sealed_bytes: int) -> None:
@@ -228,6 +248,8 @@ class Pipeline:
         while self._works and self._works[0].segment.is_stored:
             first = self._works.popleft()
             self.tail = Tail(first.position.number, first.position.last_sequence, first.digest, "stored")
+            if first.segment.captured_ns:
+                self._tallies.stored(self._clock.now_ns() - first.segment.captured_ns)
         self._slots.settle(self._stream, changed)
         self._on_error(None)
         self._on_stored()

@@ -37,6 +37,7 @@ from process_server.machine import Machine
 from process_server.slots import Slots
 from process_server.stream import Slot, Stream
 from replicar.errors import CorruptionError, ReplicarError
+from replicar.formats.frame import first_time_ns
 from replicar.formats.wire import Message, Resend
 
 #: A connection that needs more repeats than this is not an accident.
@@ -86,6 +87,7 @@ class Receiver:
         self._needed = 1  # unparsed bytes before which parsing has nothing to do
         self._resends = 0
         self._asked = 0.0  # when
+        self._paused_at: float | None = None
         self._dropped = 0
 
     def progress(self) -> tuple[int, int]:
@@ -121,6 +123,7 @@ class Receiver:
     def close(self) -> None:
         """The connection is over; half a frame is nobody's."""
         self._is_closed, self._is_waiting, self._aside = True, False, b""
+        self._count_pause()
         slot = self._stream.open_slot
         if slot is not None:
             slot.filled = slot.parsed
@@ -137,7 +140,7 @@ class Receiver:
 
     def _block(self, data: bytes) -> None:
         self._aside, self._is_blocked = data, True
-        self._line.pause()
+        self._pause()
         self._slots.wait(self._stream, self._unblock)
 
     def _should_wait(self) -> bool:
@@ -146,7 +149,7 @@ class Receiver:
     def _wait(self, data: bytes) -> None:
         """Let storing catch up by a segment, if it does so soon."""
         self._aside, self._is_blocked, self._is_waiting = data, True, True
-        self._line.pause()
+        self._pause()
         if not self._is_timing:
             self._time()
 
@@ -168,7 +171,20 @@ class Receiver:
         data, self._aside, self._is_blocked, self._is_waiting = self._aside, b"", False, False
         self._place(data)
         if not self._is_blocked:
+            self._count_pause()
             self._line.resume()
+
+    def _pause(self) -> None:
+        """Read nothing from here on."""
+        if self._paused_at is None:
+            self._paused_at = self._now()
+            self._machine.counters.waits += 1
+        self._line.pause()
+
+    def _count_pause(self) -> None:
+        if self._paused_at is not None:
+            self._machine.counters.waited_seconds += self._now() - self._paused_at
+            self._paused_at = None
 
     def _parse(self, slot: Slot) -> None:
         """Take whole frames out of the slot's unparsed bytes, in place. The hot path."""
@@ -180,7 +196,9 @@ class Receiver:
             self._needed = 1
             if isinstance(step, Accept):
                 now = now or self._now()
-                news |= stream.append(step.header, now)
+                if stream.append(step.header, now):  # once a segment
+                    news = True
+                    stream.began(first_time_ns(slot.buffer, at, step.header))
                 counters.bytes_received += step.header.frame_bytes
                 frames, at, self._dropped = frames + 1, slot.parsed, 0
             elif isinstance(step, Begin):

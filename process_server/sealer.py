@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,8 +20,11 @@ import zstandard
 
 from process_server.bandwidth import Pace
 from process_server.buffers import BufferPool
-from process_server.effort import Effort, level_for
+from process_server.effort import Effort
 from process_server.gate import Gate
+from process_server.level import Drive
+from process_server.load import Meter
+from process_server.vitals import Host
 from replicar.errors import CorruptionError
 from replicar.formats import frame, segment
 from replicar.formats.frame import Frame
@@ -31,6 +35,11 @@ SEALED_BUFFERS: Final = 16
 DEFAULT_UPLOADS: Final = 4
 #: Segments sealed ahead of the uploads, so that a free upload never waits for a processor.
 SEALED_AHEAD: Final = 2
+#: So little is sealed where it is: handing it to a thread and back, the interpreter's lock with it, costs more than its
+#: quarter of a millisecond. With a thousand modest machines that was a fifth of all that a server spent.
+QUICK_BYTES: Final = 96 << 10
+#: Above it zstd is several times slower.
+QUICK_LEVEL: Final = 3
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -45,6 +54,7 @@ class Sealer:
         salt: gives 32 fresh random bytes.
         uploads: of one machine at once; what all have under way is enough for that.
         pace: what may be uploaded; None for no limit.
+        now: monotonic seconds.
     """
 
     def __init__(
@@ -55,14 +65,32 @@ class Sealer:
         salt: Callable[[], bytes] | None = None,
         uploads: int = DEFAULT_UPLOADS,
         pace: Pace | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         window_bytes = (uploads + SEALED_AHEAD) * segment.MAX_SEGMENT_BYTES
         buffers = max(SEALED_BUFFERS, uploads + SEALED_AHEAD + 1)
         self.gate = Gate(BufferPool(segment.MAX_SEGMENT_BYTES, buffers), window_bytes, pace)
-        self._level = level
+        cores = os.cpu_count() or 1
+        self.meter = Meter(now, cores)
+        self._configured, self._drive = level, Drive()
         self._salt = salt or _random_salt
         self._local = threading.local()
-        self._threads = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="seal")
+        self._threads = ThreadPoolExecutor(threads or cores, thread_name_prefix="seal")
+
+    @property
+    def level(self) -> int:
+        """zstd's, as it is used just now."""
+        return self._drive.level(self._configured, self.gate.rate)
+
+    def is_quick(self, raw_bytes: int) -> bool:
+        """Whether so much is sealed sooner than it is handed over."""
+        return raw_bytes <= QUICK_BYTES and self.level <= QUICK_LEVEL
+
+    def look(self, host: Host) -> None:
+        """Choose the level anew, by how things went since the last look."""
+        load = self.meter.look(host)
+        if load is not None:
+            self._drive = self._drive.after(load)
 
     def close(self) -> None:
         self.gate.close()
@@ -91,7 +119,8 @@ class Sealer:
         *,
         verify: bool,
     ) -> SealedChunks:
-        """Compress and encrypt a run of frames into `out`, all but its place in the chain; in a thread (see `run`).
+        """Compress and encrypt a run of frames into `out`, all but its place in the chain; in a thread (see `run`), but
+        what `is_quick`.
 
         Args:
             effort: of the machine; asked, and told.
@@ -104,12 +133,12 @@ class Sealer:
         first, last = frames[0][1].header, frames[-1][1].header
         if first.first_sequence != position.first_sequence or last.last_sequence != position.last_sequence:
             raise CorruptionError(f"the cache holds another run than {position.first_sequence}")
-        compressor = self._compressor(level_for(self._level, self.gate.rate))
+        compressor = self._compressor(self.level)
         choose = partial(effort.choose, compress=compressor.compress) if compressor is not None else None
         chunks = segment.seal_chunks(
             raw, position, data_key, self._salt(), compressor, key_id=key_id, out=out, choose=choose
         )
-        effort.learn([codec == segment.CODEC_ZSTD for codec in chunks.chunks["codec"].tolist()])
+        effort.learn(chunks.shrank)
         segment.add_table(chunks, frames)
         return chunks
 

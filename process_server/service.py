@@ -23,7 +23,9 @@ from process_server.bandwidth import Pace
 from process_server.cache import CacheFile
 from process_server.commit import Committer
 from process_server.control import Control
+from process_server.exposed import page
 from process_server.health import ServerHealth, error_data, stored_before
+from process_server.level import LOOK_SECONDS
 from process_server.listener import Listener
 from process_server.machine import Workshop
 from process_server.pipeline import first_error
@@ -40,6 +42,10 @@ from replicar.control.files import PUBLIC_MODE, make_directory, write_file
 from replicar.control.identity import Identity, Role
 from replicar.control.messages import ProcessServerAssignment
 from replicar.errors import PermanentError, ReplicarError
+from replicar.observe import logs
+from replicar.observe.endpoint import Endpoint
+from replicar.observe.exposition import Page
+from replicar.storage.retry import RetryTally
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import open_store
 from replicar.tls import reload_certificate, server_context
@@ -47,6 +53,8 @@ from replicar.tls import reload_certificate, server_context
 CACHE_FILE: Final = "cache"
 PORT_FILE: Final = "port"
 STATUS_SECONDS: Final = 1.0
+#: Of so many machines; of more it comes more rarely, since looking at a thousand every second takes a tenth of a core.
+STATUS_MACHINES: Final = 200
 #: What SIGTERM leaves for uploads; the rest stays in the cache.
 DRAIN_SECONDS: Final = 10.0
 #: Machines are opened when the container was looked at, or after so long in any case.
@@ -78,7 +86,9 @@ class ProcessServer:
         self._errors: dict[str, Callable[[], ReplicarError | None]] = {}
         self._told: dict[str, str] = {}
         self._status_error: ReplicarError | None = None
+        self._host = host
         self._vitals = Vitals(host)
+        self._retries = RetryTally()
 
     async def run(self, stop: asyncio.Event, ready: Callable[[int], None]) -> None:
         """Serve until `stop` is set.
@@ -98,10 +108,10 @@ class ProcessServer:
             found = await asyncio.to_thread(find, cache)
             slots = Slots(cache.slots, settings.buffers_bytes, next_serial=found.next_serial)
             slots.claim(index for items in found.by_machine.values() for index, _ in items)
-            pace = Pace(settings.bandwidth.schedule(), self._clock)
-            sealer = Sealer(settings.compression_level, uploads=settings.uploads_per_machine, pace=pace)
+            pace, uploads = Pace(settings.bandwidth.schedule(), self._clock), settings.uploads_per_machine
+            sealer = Sealer(settings.compression_level, uploads=uploads, pace=pace, now=self._clock.monotonic)
             stack.callback(sealer.close)
-            store = self._store or open_store(settings.storage, clock=self._clock)
+            store = self._store or open_store(settings.storage, clock=self._clock, tally=self._retries)
             await stack.enter_async_context(store)
             client = await stack.enter_async_context(ControlClient(identity, clock=self._clock))
             committer = Committer(cache, slots)
@@ -155,8 +165,15 @@ class ProcessServer:
             }
             background.append(group.create_task(control.run(), name="control"))
             background.append(group.create_task(self._report(workshop, listener.port), name="status"))
-            ready(listener.port)
-            await stop.wait()
+            background.append(group.create_task(self._choose(workshop), name="level"))
+
+            async def collect() -> Page:
+                health = self._health(workshop, listener.port)
+                return page(health, workshop, connections=listener.connections, retries=self._retries.failures)
+
+            async with Endpoint(settings.metrics_listen, collect):
+                ready(listener.port)
+                await stop.wait()
         finally:
             await listener.close()
         await self._drain(workshop, roster)
@@ -192,10 +209,17 @@ class ProcessServer:
             cache_bytes_free=workshop.slots.free_bytes,
             cache_level=str(workshop.slots.level),
             upload_limit=workshop.sealer.gate.rate,
+            compression_level=workshop.sealer.level,
             machines=tuple(machine.health() for machine in self.roster.machines()),
             errors={part: data for part, data in errors.items() if data is not None},
             signals=self._vitals.signals(workshop.slots.free_bytes, workshop.slots.total_bytes),
         )
+
+    async def _choose(self, workshop: Workshop) -> None:
+        """See now and then how hard to compress."""
+        while True:
+            workshop.sealer.look(self._host())
+            await self._clock.sleep(LOOK_SECONDS)
 
     async def _report(self, workshop: Workshop, port: int) -> None:
         """Write the status file, and say on the log when an error comes or goes."""
@@ -210,18 +234,22 @@ class ProcessServer:
             except PermanentError as error:  # a full disk, say: the cache has its space, so the data path goes on
                 self._status_error = error
             self._tell(health)
-            await self._clock.sleep(STATUS_SECONDS)
+            await self._clock.sleep(STATUS_SECONDS * max(1.0, len(health.machines) / STATUS_MACHINES))
 
     def _tell(self, health: ServerHealth) -> None:
-        now = {part: str(data["message"]) for part, data in health.errors.items()}
-        hints = {part: str(data["hint"]) for part, data in health.errors.items()}
+        errors = dict(health.errors)
+        named: dict[str, dict[str, str]] = {}
         for machine in health.machines:
             if machine.error is not None:
-                now[f"machine {machine.name}"] = str(machine.error["message"])
-                hints[f"machine {machine.name}"] = str(machine.error["hint"])
+                errors[f"machine {machine.name}"] = machine.error
+                named[f"machine {machine.name}"] = {"machine": machine.name, "machine_id": str(machine.machine_id)}
+        now = {part: str(error["message"]) for part, error in errors.items()}
         for part, message in now.items():
             if self._told.get(part) != message:
-                _log.warning("%s: %s%s", part, message, f"; {hints[part]}" if hints[part] else "")
+                hint = errors[part]["hint"]
+                facts = {name: value for name, value in errors[part].items() if name != "message" and value}
+                extra = logs.fields(**{**facts, **named.get(part, {})})
+                _log.warning("%s: %s%s", part, message, f"; {hint}" if hint else "", extra=extra)
         for part in self._told.keys() - now.keys():
             _log.info("%s: well again", part)
         self._told = now

@@ -41,6 +41,8 @@ from process_server.machine import Tuning
 from process_server.watermarks import MAX_WEIGHT
 from replicar.formats.logblob import MAX_STRIPES
 from replicar.formats.wire import DEFAULT_PORT
+from replicar.observe.endpoint import MetricsListen
+from replicar.observe.logs import LogFormat, LogFormatSetting
 from replicar.settings import FileSettings, Reader
 from replicar.storage.target import StorageTarget
 
@@ -126,6 +128,8 @@ class Settings(FileSettings):
     log_stripes: Annotated[int, Field(ge=1, le=MAX_STRIPES)] = 8
     log_blob_bytes: Annotated[int, Field(ge=MIN_BLOB_BYTES, le=MAX_BLOB_BYTES, multiple_of=512)] = 4 << 30
     heartbeat_seconds: Annotated[float, Field(gt=0, le=30, description="how often it reports")] = 10.0
+    metrics_listen: MetricsListen = ""
+    log_format: LogFormatSetting = LogFormat.TEXT
     bandwidth: BandwidthSettings = BandwidthSettings()
     weights: Annotated[dict[str, Weight], Field(max_length=MAX_WEIGHTS, description="shares, by machine")] = {}  # noqa: RUF012 - pydantic copies it
     storage: StorageTarget

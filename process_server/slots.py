@@ -61,6 +61,15 @@ class Slots:
         return level_of(len(self._free), self.count)
 
     @property
+    def buffers_in_use(self) -> int:
+        """Of `buffers_limit` that slots may have in memory."""
+        return self._buffers.in_use
+
+    @property
+    def buffers_limit(self) -> int:
+        return self._buffers.limit
+
+    @property
     def waiting(self) -> int:
         """Machines that wait for a slot."""
         return len(self._waiting)

@@ -93,6 +93,7 @@ class Segment:
     index_bytes: int
     since: float  # when its first frame arrived
     is_stored: bool = False
+    captured_ns: int = 0  # of its first descriptor; 0: not known (an earlier life received it)
 
     @property
     def raw_bytes(self) -> int:
@@ -145,6 +146,14 @@ class Stream:
         waiting = sum(each.raw_bytes for each in (*self._ready, *self._in_flight))
         return waiting + (self._growing.raw_bytes if self._growing is not None else 0)
 
+    @property
+    def oldest_ns(self) -> int | None:
+        """When the oldest change that is pending was captured; 0 where that is not known, None where none is."""
+        for queue in (self._in_flight, self._ready):
+            if queue:
+                return queue[0].captured_ns
+        return self._growing.captured_ns if self._growing is not None else None
+
     # --- receiving ---
 
     def open(self, slot: Slot) -> None:
@@ -178,6 +187,11 @@ class Stream:
         self._dirty[slot] = None
         self.next_sequence = header.next_sequence
         return news
+
+    def began(self, captured_ns: int) -> None:
+        """The frame that was just appended, with which a segment began, holds changes from then on."""
+        if self._growing is not None:
+            self._growing.captured_ns = captured_ns
 
     def adopt(self, slot: Slot, headers: list[FrameHeader], start: int, now: float) -> None:
         """Take a slot from an earlier life, whose frames `headers` (in order) lie back to back from byte `start`."""

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from replicar.errors import CorruptionError, PermanentError
 from replicar.formats import segment
@@ -84,9 +85,15 @@ class ChunkSource:
     def _open_all(
         self, found: Segment, first: int, last: int, chunks: Sequence[int], sealed: memoryview
     ) -> dict[int, bytes]:
-        return {index: self.open_one(found, index, sealed, first) for index in chunks if first <= index <= last}
+        key = self.key(found)
+        return {index: self.open_one(found, index, sealed, first, key) for index in chunks if first <= index <= last}
 
-    def open_one(self, found: Segment, index: int, sealed: memoryview, first: int) -> bytes:
+    def key(self, found: Segment) -> AESGCM:
+        """What opens the chunks of a segment; deriving it takes a tenth of the time that opening a chunk does."""
+        header = found.table.header
+        return segment.open_key(header, self._log.key(header.key_id))
+
+    def open_one(self, found: Segment, index: int, sealed: memoryview, first: int, key: AESGCM) -> bytes:
         """Open one chunk out of what `visit` read from chunk `first` on. For threads: it waits for nothing.
 
         Raises:
@@ -96,7 +103,7 @@ class ChunkSource:
         base = int(edges[first])
         body = sealed[int(edges[index]) - base : int(edges[index + 1]) - base]
         try:
-            return segment.open_chunk(found.table, index, body, self._log.key(found.table.header.key_id))
+            return segment.open_chunk(found.table, index, body, key)
         except CorruptionError as error:
             raise CorruptionError(
                 f"{error.message} (blob {found.blob}, byte {found.offset + int(edges[index])})",

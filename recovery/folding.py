@@ -32,7 +32,7 @@ from recovery.lock import FoldLock
 from recovery.pins import list_pins
 from recovery.points import base_of, index_at
 from recovery.requests import Latest
-from recovery.retention import FoldPlan, Pin, Policy, plan_fold
+from recovery.retention import FoldPlan, Pin, Policy, aged_from, plan_fold
 from replicar.clock import Clock
 from replicar.errors import ConflictError, CorruptionError, FencedError
 from replicar.formats import logblob
@@ -123,13 +123,14 @@ class Folder:
         if newest is None:
             return None
         whole = [name for name in known.listing.checkpoints if name.first >= known.fold.floor_sequence]
-        whole = [name for name in whole if name == known.fold.floor or await self._is_whole(known, name)]
+        until_ns = aged_from(self._clock.now_ns(), newest.history) - self._policy.window_ns
+        whole = [name for name in whole if name == known.fold.floor or await self._is_whole(known, name, until_ns)]
         pins = (await list_pins(self._log.store, self._log.machine_id)).values()
         return plan_fold(self._policy, self._clock.now_ns(), known.fold, whole, newest.history, pins)
 
-    async def _is_whole(self, known: LogIndex, name: IndexName) -> bool:
+    async def _is_whole(self, known: LogIndex, name: IndexName, until_ns: int) -> bool:
         """Whether a checkpoint is sound and the log can go on from it."""
-        if name.last > self._clock.now_ns() - self._policy.window_ns:
+        if name.last > until_ns:
             return False  # it can't be the floor yet
         try:
             found = await opened(known, name)

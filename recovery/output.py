@@ -176,13 +176,14 @@ async def _copy_to_file(view: View, disk: Disk, descriptor: int, progress: Progr
 
     async def sink(batch: Sequence[Piece]) -> None:
         nonlocal written
-        written += await in_thread(_write_pieces, descriptor, batch)
+        count = await in_thread(write_pieces, descriptor, batch)
+        written += count  # not in one: other batches are counted while this one is written
 
     await view.copy(disk, sink, hole_bytes=FILE_HOLE_BYTES, progress=progress)
     return written
 
 
-def _write_pieces(descriptor: int, pieces: Sequence[Piece]) -> int:
+def write_pieces(descriptor: int, pieces: Sequence[Piece]) -> int:
     """Write what is not zeros; returns its length."""
     written = 0
     for offset, data in pieces:

@@ -19,13 +19,13 @@ from typing import Final, Protocol
 import numpy as np
 
 from recovery.history import GapSpan, History, Place
-from recovery.moments import format_moment
 from recovery.records import Record
 from replicar.errors import PermanentError
 from replicar.formats.indexblob import IndexName
 from replicar.formats.record import Mark
 from replicar.log.index import Fold
 from replicar.log.reader import Segment
+from replicar.moments import format_moment
 
 #: How many other names an error about an unknown one lists.
 NEAR_NAMES: Final = 5

@@ -6,6 +6,9 @@ consistent for an application rather than another named one, a named one rather 
 segment, and of equals the latest. Stretches begin at multiples of their length and each rule's is a multiple of the
 one before, so a point that is kept in the end was kept all the time: thinning never misses what it gave up.
 
+Ages are counted from the last change that the index knows, or from the clock where that is behind it. So a machine that
+went silent keeps its past, and a folder whose clock is far ahead gives nothing up.
+
 Kept whatever the policy says: the state before a gap that has not ended (there is none after it), and what is pinned.
 """
 
@@ -115,13 +118,14 @@ def plan_fold(
         whole: the checkpoints that end a segment, from the floor on.
         history: of the newest of them; `trim`med at most to the fold that is in force.
     """
-    floor = max((name for name in whole if name.last <= now_ns - policy.window_ns), default=None, key=_sequence)
+    as_of_ns = aged_from(now_ns, history)
+    floor = max((name for name in whole if name.last <= as_of_ns - policy.window_ns), default=None, key=_sequence)
     if fold.floor is not None and (floor is None or floor.first < fold.floor.first):
         floor = fold.floor
     if floor is None:
         return None
     chosen: dict[int, Keep] = {}
-    for item in _thinned(policy, now_ns, _candidates(fold, floor, whole, history)):
+    for item in _thinned(policy, as_of_ns, _candidates(fold, floor, whole, history)):
         chosen[item.place.sequence] = Keep(item.place, item.reason, item.checkpoint)
     gap = history.gap_at(floor.first)
     if gap is not None and gap.before is not None and gap.before.sequence < floor.first:
@@ -138,6 +142,11 @@ def plan_fold(
     )
     same = fold.floor == floor and {item.checkpoint for item in fold.kept} == {item.checkpoint for item in keep}
     return None if same else FoldPlan(floor, keep)
+
+
+def aged_from(now_ns: int, history: History) -> int:
+    """The time from which ages are counted; see the module."""
+    return min(now_ns, history.latest_ns) if history.latest_ns else now_ns
 
 
 def _sequence(name: IndexName) -> int:

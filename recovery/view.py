@@ -9,6 +9,8 @@ its two buffers again and again: fresh memory costs as much in page faults as op
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import mmap
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -141,9 +143,9 @@ class View:
         """
         total = await self.data_bytes(disk) if progress is not None else 0
         slots, done = asyncio.Semaphore(sinks), _Done(2 * total, progress)
-        free: asyncio.Queue[bytearray] = asyncio.Queue()
+        free: asyncio.Queue[mmap.mmap | None] = asyncio.Queue()
         for _ in range(2):
-            free.put_nowait(bytearray())
+            free.put_nowait(None)
 
         async def put(batch: list[Piece], share: int) -> None:
             try:
@@ -152,7 +154,7 @@ class View:
             finally:
                 slots.release()
 
-        async def carry(window: Window, buffer: bytearray) -> None:
+        async def carry(window: Window, buffer: mmap.mmap) -> None:
             with memoryview(buffer) as view:
                 await self._fill(window, view, done.add)
                 async with asyncio.TaskGroup() as puts:
@@ -165,7 +167,8 @@ class View:
         try:
             async with asyncio.TaskGroup() as group:
                 async for window in self._windows(disk, hole_bytes):
-                    buffer = _cleared(await free.get(), window.buffer_bytes)
+                    is_whole = window.data_bytes == window.buffer_bytes  # then all of it is written over
+                    buffer = _sized(await free.get(), window.buffer_bytes, clear=not is_whole)
                     group.create_task(carry(window, buffer))
         except BaseExceptionGroup as failed:
             raise first_error(failed) from None
@@ -214,8 +217,9 @@ class View:
         opened: Callable[[int], None],
     ) -> None:
         def open_and_copy(sealed: memoryview) -> None:
+            key = self._source.key(found)
             for copies in wanted:
-                data = memoryview(self._source.open_one(found, copies.chunk, sealed, first))
+                data = memoryview(self._source.open_one(found, copies.chunk, sealed, first, key))
                 for source, target, length in zip(copies.source, copies.target, copies.length, strict=True):
                     out[target : target + length] = data[source : source + length]
 
@@ -297,11 +301,16 @@ def _batches(window: Window, buffer: memoryview) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _cleared(buffer: bytearray, length: int) -> bytearray:
-    """A buffer of zeros of at least that length: the given one, if it is large enough."""
-    if len(buffer) < length:
-        return bytearray(length)
-    np.frombuffer(buffer, dtype=np.uint8, count=length).fill(0)
+def _sized(buffer: mmap.mmap | None, length: int, *, clear: bool) -> mmap.mmap:
+    """A buffer of at least that length, of zeros if asked to: the given one, if it is large enough. A new one is in
+    huge pages where the kernel has them, which costs a fifth of the page faults' time."""
+    if buffer is None or len(buffer) < length:
+        made = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            made.madvise(mmap.MADV_HUGEPAGE)
+        return made
+    if clear:
+        np.frombuffer(buffer, dtype=np.uint8, count=length).fill(0)
     return buffer
 
 

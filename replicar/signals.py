@@ -59,6 +59,11 @@ class Sample:
     stored_bytes: int
 
 
+def rank(level: Level) -> int:
+    """0 for healthy, and more the worse it is."""
+    return _ORDER.index(level)
+
+
 def worst(levels: Iterable[Level]) -> Level:
     """The worst of them; healthy when there is none."""
     return max(levels, key=_ORDER.index, default=Level.HEALTHY)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install AzCopy, which nothing but `python -m bench seed` needs, into .azcopy: 57 MB, the version of its lock file.
+# Install AzCopy, for a test and for `python -m bench seed`, into .azcopy: 57 MB, the version of its lock file.
 #
 # It is linked with libsecret, which only root can have installed. A second run compares stamps.
 set -euo pipefail

@@ -53,7 +53,8 @@ class Cluster:
         directory: made if need be; takes everything but the sockets.
         disks: name to raw image of each disk that the machine has; or to block device, where the agent settings say
             that its capture is "trace"; "scan" takes either.
-        agent_settings, process_server_settings: what to set besides, or instead of, what is set here.
+        agent_settings, process_server_settings, config_server_settings: what to set besides, or instead of, what is
+            set here.
         in_memory: whether Azurite keeps its blobs in memory.
         agent_program: the words that start the agent, where it is not the one of this tree.
         files: by disk, what it is shown as besides.
@@ -69,6 +70,7 @@ class Cluster:
         disks: Mapping[str, Path],
         agent_settings: Mapping[str, Any] | None = None,
         process_server_settings: Mapping[str, Any] | None = None,
+        config_server_settings: Mapping[str, Any] | None = None,
         in_memory: bool = False,
         agent_program: Sequence[str | Path] | None = None,
         files: Mapping[str, Path] | None = None,
@@ -87,7 +89,9 @@ class Cluster:
         self._logs = self.directory / "logs"
         self._config_port = free_port()
         self.process_server_port = free_port()
-        self.config_server = self._child("config-server", "run", "--directory", self.vault)
+        environment = {f"REPLICAR_CONFIG_SERVER_{k}".upper(): str(v) for k, v in (config_server_settings or {}).items()}
+        words: list[str | Path] = [*command.program("config-server"), "run", "--directory", self.vault]
+        self.config_server = Child("config-server", words, self._logs / "config-server.log", environment=environment)
         process_server_toml, agent_toml = self.process_server_directory / "settings.toml", self._agent_toml
         self.process_server = self._child("process-server", "run", "--settings", process_server_toml)
         self.agent = self._child("mobility-agent", "run", "--settings", agent_toml, program=agent_program)
@@ -98,6 +102,10 @@ class Cluster:
     async def start(self) -> None:
         """Start everything and enrol the parts; returns when all of them serve and the machine can be protected."""
         await self.start_storage()
+        await self.start_parts()
+
+    async def start_parts(self) -> None:
+        """The same beside storage that runs already."""
         await self.make_vault()
         await self.start_config_server()
         await self.enrol_process_server()

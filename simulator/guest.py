@@ -2,7 +2,8 @@
 
 The disk has an MBR, an ext4 partition and extlinux; in the initial RAM disk is busybox with one script, which works on
 the partition: each record is a file of random bytes, synced, and then its number and SHA-256 are printed on the serial
-line. So what the line says is what the guest was told is durable. `quit` on the line ends it in good order.
+line. So what the line says is what the guest was told is durable. `quit` on the line ends it in good order. With a
+database (`guest_database`) the records are rows instead, written by SQLite.
 
     boot N          N boots of this disk so far, this one included
     kept N          records found when it booted, each checked against its sum
@@ -10,6 +11,8 @@ line. So what the line says is what the guest was told is durable. `quit` on the
     end             unmounted; the machine powers off
 
 Making the disk mounts it, so it takes root; running it does not.
+
+The kernel is told not to check its timer: on a busy host an emulated one is late, which the kernel takes for broken.
 
 Weak: emulated instructions are slow: some seconds from power to the first record.
 """
@@ -27,16 +30,17 @@ from pathlib import Path
 from typing import Final
 
 from replicar.errors import PermanentError
+from simulator import guest_database
 
 DISK_BYTES: Final = 96 << 20
 PARTITION_BYTES: Final = 1 << 20  # where it begins
-BOOT_SECONDS: Final = 90.0
+BOOT_SECONDS: Final = 240.0
 END_SECONDS: Final = 30.0
 MODULES: Final = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk")
 MBR: Final = Path("/usr/lib/EXTLINUX/mbr.bin")
 #: Where `make setup` unpacks Debian's kernel for guests.
 KERNEL: Final = Path(__file__).resolve().parents[1] / ".guest"
-TOOLS: Final = ("qemu-system-x86_64", "busybox", "extlinux", "sfdisk", "mkfs.ext4")
+TOOLS: Final = ("qemu-system-x86_64", "busybox", "extlinux", "sfdisk", "mkfs.ext4", guest_database.PROGRAM)
 
 _INIT: Final = """\
 #!/bin/busybox sh
@@ -47,14 +51,20 @@ echo 1 >/proc/sys/kernel/printk
 for module in {modules}; do insmod /modules/$module.ko; done
 n=0; while [ ! -b /dev/vda1 ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done
 mount -t ext4 /dev/vda1 /disk || {{ echo "no disk"; poweroff -f; }}
-mkdir -p /disk/records
 boots=$(cat /disk/boots 2>/dev/null || echo 0); boots=$((boots + 1)); echo $boots >/disk/boots; sync
 echo "boot $boots"
+{work}umount /disk
+echo end
+poweroff -f
+"""
+#: Records as files.
+_FILES: Final = """\
+mkdir -p /disk/records
 number=0
 while [ -e /disk/records/$((number + 1)) ]; do
     number=$((number + 1))
     sum=$(sha256sum /disk/records/$number | cut -d' ' -f1)
-    [ "$(cat /disk/records/$number.sum)" = "$sum" ] || {{ echo "damaged $number"; poweroff -f; }}
+    [ "$(cat /disk/records/$number.sum)" = "$sum" ] || { echo "damaged $number"; poweroff -f; }
 done
 echo "kept $number"
 while ! read -t 0.05 line || [ "$line" != quit ]; do
@@ -66,9 +76,6 @@ while ! read -t 0.05 line || [ "$line" != quit ]; do
     sync
     echo "record $number $sum"
 done
-umount /disk
-echo end
-poweroff -f
 """
 _BOOT: Final = """\
 SERIAL 0 115200
@@ -78,7 +85,7 @@ TIMEOUT 1
 LABEL linux
  LINUX /boot/vmlinuz
  INITRD /boot/initrd.gz
- APPEND console=ttyS0 quiet panic=-1
+ APPEND console=ttyS0 quiet panic=-1 no_timer_check
 """
 
 
@@ -92,8 +99,11 @@ def missing() -> str:
     return "" if (KERNEL / "vmlinuz").exists() else "there is no kernel for guests; `make setup` as root fetches it"
 
 
-def make_disk(path: Path) -> None:
+def make_disk(path: Path, *, database: bool = False) -> None:
     """A disk that boots, at `path`. As root: it is mounted for a moment.
+
+    Args:
+        database: the records are rows of a database, instead of files.
 
     Raises:
         PermanentError: something is missing, or a tool failed.
@@ -116,7 +126,10 @@ def make_disk(path: Path) -> None:
                 boot = mountpoint / "boot"
                 boot.mkdir()
                 shutil.copy(KERNEL / "vmlinuz", boot / "vmlinuz")
-                (boot / "initrd.gz").write_bytes(_initial_ram_disk(Path(scratch)))
+                work = guest_database.SCRIPT if database else _FILES
+                (boot / "initrd.gz").write_bytes(_initial_ram_disk(Path(scratch), work))
+                if database:
+                    guest_database.put(mountpoint)
                 (boot / "extlinux.conf").write_text(_BOOT)
                 _run(["extlinux", "-i", str(boot)])
             finally:
@@ -125,7 +138,7 @@ def make_disk(path: Path) -> None:
             _run(["losetup", "-d", loop])
 
 
-def _initial_ram_disk(scratch: Path) -> bytes:
+def _initial_ram_disk(scratch: Path, work: str) -> bytes:
     root = scratch / "initrd"
     for name in ("bin", "modules"):
         (root / name).mkdir(parents=True)
@@ -134,7 +147,7 @@ def _initial_ram_disk(scratch: Path) -> bytes:
     shutil.copy(busybox, root / "bin" / "busybox")
     for module in MODULES:
         shutil.copy(KERNEL / "modules" / f"{module}.ko", root / "modules")
-    (root / "init").write_text(_INIT.format(modules=" ".join(MODULES)))
+    (root / "init").write_text(_INIT.format(modules=" ".join(MODULES), work=work))
     (root / "init").chmod(0o755)
     names = sorted(str(found.relative_to(root)) for found in root.rglob("*"))
     packed = subprocess.run(

@@ -40,7 +40,7 @@ SETTLE_SECONDS: Final = 240.0
 #: After so long the operator starts the agent anew, if something was damaged that only a start looks at.
 OPERATOR_SECONDS: Final = 60.0
 #: Marks, and sequences that nobody marked, recovered for each story; of the others only what is offered is looked at.
-MARKS: Final = 3
+MARKS: Final = 2
 SEQUENCES: Final = 1
 
 
@@ -80,7 +80,8 @@ def _at_rest(stage: Stage) -> bool:
     if core is None or stage.agent is None or not stage.agent.process.alive:
         return False
     log = core.log
-    return not core.ladder.in_gap and log.ordered and log.stored_sequence == log.next_sequence - 1
+    # Audits go on for ever, and one of them may always be under way.
+    return not core.ladder.in_gap and log.ordered and log.oldest_unstored_time_ns() is None
 
 
 def _may_need_enrolment(stage: Stage) -> bool:

@@ -10,12 +10,13 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
-from recovery.worker.keeper import running
+from recovery.compute import qemu
+from recovery.worker import keeper
 from replicar.control.messages import Job, JobKind, JobParameters
 from replicar.errors import PermanentError
 from simulator import command
@@ -26,10 +27,11 @@ JOB_SECONDS: Final = 240.0
 
 
 class RecoveryHost:
-    """See the module; an asynchronous context manager inside that of the cluster."""
+    """See the module; an asynchronous context manager inside that of the cluster. `settings`: more of the worker's."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, settings: Mapping[str, Any] | None = None) -> None:
         self._cluster = cluster
+        self._more = dict(settings or {})
         # Sockets lie below it, so its path is short.
         self.directory = Path(tempfile.mkdtemp(prefix="replicar-r-"))
         identity, self._settings = cluster.directory / "worker", self.directory / "settings.toml"
@@ -49,7 +51,7 @@ class RecoveryHost:
             "directory": str(self.directory),
             "storage": self._cluster.target_fields(),
         }
-        write_toml(self._settings, fields)
+        write_toml(self._settings, fields | self._more)
         self.child.start()
         return self
 
@@ -62,12 +64,12 @@ class RecoveryHost:
 
     def processes(self) -> Iterator[int]:
         """What runs for this host besides the worker: exporters and machines."""
-        for kind in ("disks", "machines"):
+        # A number in a file may be anybody's by now; who holds the file locked is who wrote it.
+        for kind, running in (("disks", keeper.running), ("machines", qemu.running)):
             where = self.directory / kind
             for made in where.iterdir() if where.exists() else ():
-                text = (made / "pid").read_text().strip() if (made / "pid").exists() else ""
-                if (kind == "machines" or running(made) is not None) and text.isdigit():
-                    yield int(text)
+                if (process := running(made)) is not None:
+                    yield process
 
     async def job(self, kind: JobKind, parameters: JobParameters | None = None) -> Job:
         """Make a job of the cluster's machine and wait until it has ended.

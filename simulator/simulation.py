@@ -13,12 +13,15 @@ import gc
 import logging
 import sys
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final
 
 from simulator.judgement import judge, settle
+from simulator.shortcuts import remembering, shortcuts
 from simulator.stage import Stage
 from simulator.story import Story
 from simulator.watching import watch
+from simulator.world import cast
 from simulator.world.loop import StuckError
 from simulator.world.processes import Killed
 from simulator.world.world import standing
@@ -52,13 +55,11 @@ class Outcome:
 def simulate(story: Story) -> Outcome:
     """Tell a story."""
     level = logging.root.manager.disable
-    if not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()  # so that what is let go of a story is found without walking through all that was imported
+    _settle_memory()
     logging.disable(logging.CRITICAL)
     hook = sys.unraisablehook
     try:
-        with standing(story.seed) as world:
+        with standing(story.seed) as world, shortcuts():
             stage = Stage(world, story)
             points = 0
             try:
@@ -91,6 +92,14 @@ def simulate(story: Story) -> Outcome:
         logging.disable(level)
 
 
+@lru_cache(maxsize=1)
+def _settle_memory() -> None:
+    """Once: so that what is let go of a story is found without walking through all that was imported."""
+    cast.template()
+    gc.collect()
+    gc.freeze()
+
+
 async def _tell(stage: Stage) -> int:
     story = stage.story
     with stage.standing():
@@ -111,7 +120,8 @@ async def _tell(stage: Stage) -> int:
         await _rest(stage)
         await settle(stage)
         watching.cancel()
-        return await judge(stage)
+        with remembering():
+            return await judge(stage)
 
 
 async def _at(seconds: float, what: Any) -> None:

@@ -41,6 +41,8 @@ from simulator.world.world import World
 
 #: A supervisor starts what ended again after so long.
 RESTART_SECONDS: Final = (0.3, 3.0)
+#: How long the operator waits for a point to be stored: while somebody waits, every part reports four times a second.
+MARK_SECONDS: Final = 8.0
 _NOBODY: Final = contextvars.Context()
 
 
@@ -247,7 +249,7 @@ class Stage:
 
         async def ask(client: ControlClient) -> None:
             try:
-                await client.mark(self.machine, name, wait_stored=True, wait_seconds=30.0)
+                await client.mark(self.machine, name, wait_stored=True, wait_seconds=MARK_SECONDS)
             except ReplicarError as error:
                 self.marks[name] = type(error).__name__
             else:
@@ -347,12 +349,12 @@ class Stage:
                 self.story.seed, self._numbers.next(), 0, first, end
             )
             filled -= end - first
-        pages = {at // PAGE: bytes(image[at : at + PAGE]) for at in range(0, len(image), PAGE)}
+        content = bytes(image)
         path = self.world.machines[self.machine].directory / f"{disk.name}.img"
         self.world.machines[self.machine].files.put(
-            path, disk.size_bytes, {page: data for page, data in pages.items() if any(data)}
+            path, disk.size_bytes, {at // PAGE: content[at : at + PAGE] for at in range(0, len(content), PAGE)}
         )
-        self.truths[disk.name] = Truth(self.story.seed, bytes(image))
+        self.truths[disk.name] = Truth(self.story.seed, content)
 
     @asynccontextmanager
     async def observed(self, *args: Any, **options: Any) -> AsyncIterator[Core]:

@@ -20,7 +20,7 @@ STORY_SECONDS: Final = 60.0
 #: The first fault comes when the machine is protected, or soon enough to come in between.
 FIRST_FAULT_SECONDS: Final = 2.0
 LEAST_FAULTS: Final = 10
-MOST_FAULTS: Final = 22
+MOST_FAULTS: Final = 16
 _KIB: Final = 1024
 
 
@@ -80,7 +80,7 @@ def story_of(seed: int, *, kinds: tuple[str, ...] | None = None, workload: Workl
     server = ServerPlan(
         cache_slots=draw.choice((4, 4, 5, 8)),
         buffers=draw.choice((2, 4)),
-        segment_age_seconds=draw.choice((0.1, 0.3, 1.0)),
+        segment_age_seconds=draw.choice((0.2, 0.7, 2.0)),
         stripes=draw.choice((1, 2, 3)),
         uploads=draw.choice((1, 2, 4)),
         compression_level=draw.choice((0, 1)),
@@ -91,10 +91,10 @@ def story_of(seed: int, *, kinds: tuple[str, ...] | None = None, workload: Workl
 
 
 def _disk(name: str, draw: random.Random) -> DiskPlan:
-    size = draw.choice((256, 512, 1024, 2048)) * _KIB + draw.choice((0, 0, 512, 20 * _KIB))
+    size = draw.choice((128, 256, 512, 2048)) * _KIB + draw.choice((0, 0, 512, 20 * _KIB))
     workload = Workload(
         kind=draw.choice(tuple(Kind)),
-        rate=draw.choice((0.5, 0.5, 1.5, 1.5, 4.0, 10.0)),  # the last one fills a change log when nothing goes out
+        rate=draw.choice((0.2, 0.2, 0.5, 0.5, 1.0, 5.0)),  # the last one fills a change log when nothing goes out
         flush_share=draw.choice((0.0, 0.05, 0.3)),
         trim_share=draw.choice((0.0, 0.03, 0.1)),
     )

@@ -10,11 +10,12 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
-from config_server import machines, points
+from config_server import machines, points, upkeep
 from config_server.parties import Party
-from replicar.control.messages import PointChoice, PointKind
+from replicar.control.messages import PointChoice, PointKind, Retention
 from replicar.errors import PermanentError, TransientError
 from replicar.formats.record import Consistency
+from replicar.moments import format_moment
 
 _FIELDS: Final = {PointKind.NAMED: "name", PointKind.INSTANT: "time_ns", PointKind.SEQUENCE: "sequence"}
 
@@ -26,18 +27,21 @@ def check(connection: sqlite3.Connection, machine: Party, choice: PointChoice, n
     """
     _check_fields(choice)
     hint = f"see what there is: `replicar points {machine.name}`"
+    retention = upkeep.retention_of(connection, machine.id)
     if choice.kind is PointKind.NAMED:
-        _check_name(connection, machine, choice.name, hint)
+        _check_name(connection, machine, choice.name, hint, retention)
     elif choice.kind is PointKind.INSTANT and (choice.time_ns or 0) > now_ns:
         raise PermanentError("the instant lies in the future", hint=hint, status=400)
+    elif choice.kind is PointKind.INSTANT and retention is not None:
+        _check_instant(choice.time_ns or 0, retention, hint)
     elif choice.kind is PointKind.SEQUENCE:
-        _check_sequence(connection, machine, choice.sequence or 0, hint)
+        _check_sequence(connection, machine, choice.sequence or 0, hint, retention)
     elif choice.kind is PointKind.LATEST_APPLICATION:
-        mark = connection.execute(
-            "SELECT 1 FROM marks WHERE machine_id = ? AND kind = ? AND in_gap = 0 AND stored = 1 LIMIT 1",
+        rows = connection.execute(
+            "SELECT sequence FROM marks WHERE machine_id = ? AND kind = ? AND in_gap = 0 AND stored = 1",
             (str(machine.id), Consistency.APPLICATION),
-        ).fetchone()
-        if mark is None:
+        ).fetchall()
+        if all(retention is not None and retention.gave_up(row["sequence"]) for row in rows):
             raise PermanentError(
                 f"machine {machine.name} has no application-consistent point in storage",
                 hint=f"choose another point, or make one: `replicar tag {machine.name} NAME --application`",
@@ -58,7 +62,9 @@ def _check_fields(choice: PointChoice) -> None:
         )
 
 
-def _check_name(connection: sqlite3.Connection, machine: Party, name: str, hint: str) -> None:
+def _check_name(
+    connection: sqlite3.Connection, machine: Party, name: str, hint: str, retention: Retention | None
+) -> None:
     rows = connection.execute(
         "SELECT stored, in_gap, sequence FROM marks WHERE machine_id = ? AND name = ?", (str(machine.id), name)
     ).fetchall()
@@ -76,6 +82,8 @@ def _check_name(connection: sqlite3.Connection, machine: Party, name: str, hint:
             status=409,
             point=name,
         )
+    if retention is not None and all(retention.gave_up(row["sequence"]) for row in usable):
+        raise _thinned(f"the point {name!r}", retention.nearest(sequence=usable[0]["sequence"]), hint)
     if not any(row["stored"] for row in usable):
         raise TransientError(
             f"storage does not hold the point {name!r} yet",
@@ -85,12 +93,27 @@ def _check_name(connection: sqlite3.Connection, machine: Party, name: str, hint:
         )
 
 
-def _check_sequence(connection: sqlite3.Connection, machine: Party, sequence: int, hint: str) -> None:
+def _check_instant(time_ns: int, retention: Retention, hint: str) -> None:
+    kept_times = {item.time_ns for item in retention.kept}
+    is_told = not retention.kept_from and time_ns < retention.floor_time_ns
+    if is_told and time_ns not in kept_times:
+        raise _thinned(f"the instant {format_moment(time_ns)}", retention.nearest(time_ns=time_ns), hint)
+
+
+def _thinned(what: str, nearest: str, hint: str) -> PermanentError:
+    return PermanentError(f"{what} was thinned: retention gave it up", hint=f"{nearest}; {hint}", status=410)
+
+
+def _check_sequence(
+    connection: sqlite3.Connection, machine: Party, sequence: int, hint: str, retention: Retention | None
+) -> None:
     stored = machines.machine_row(connection, machine.id)["stored_sequence"]
     if sequence > stored:
         raise PermanentError(
             f"sequence {sequence} is beyond what storage holds (up to {stored})", hint=hint, status=404
         )
+    if retention is not None and retention.gave_up(sequence):
+        raise _thinned(f"sequence {sequence}", retention.nearest(sequence=sequence), hint)
     gap = connection.execute(
         "SELECT first_sequence, reason FROM gaps WHERE machine_id = ?1 AND first_sequence <= ?2"
         " AND coalesce(last_sequence, ?2) >= ?2",

@@ -131,7 +131,8 @@ def _target(connection: sqlite3.Connection, row: sqlite3.Row) -> Answer:
             part="target settings",
             error="PermanentError",
             message=f"it is not decided what machine {row['name']} is to be made of: {', '.join(missing)}",
-            hint=f"`replicar target set {row['name']} --help`; until then a failover has to be told",
+            hint=f"decide it: {policies.deciding(row['name'], missing)}; it is protected meanwhile, and a drill or "
+            "failover can be told by --compute",
         ),
     )
 

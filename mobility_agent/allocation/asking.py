@@ -19,6 +19,7 @@ from mobility_agent.allocation.volumes import free_space
 from mobility_agent.capture.disk import Disk
 from mobility_agent.ladder import Ladder
 from mobility_agent.regions import DirtyRegions
+from replicar.observe.logs import fields
 
 _log = logging.getLogger(__name__)
 
@@ -43,5 +44,7 @@ def settle(ladder: Ladder, disks: Iterable[Disk], *, copy_free_space: bool) -> N
             found = free_space(disk.read, disk.size_bytes)
             skipped.put(found.ranges)
             for reason in found.reasons:
-                _log.info("disk %s is copied with its free space: %s", disk.name, reason)
-            _log.info("disk %s: %d free bytes are left out", disk.name, skipped.byte_count)
+                _log.info("disk %s is copied with its free space: %s", disk.name, reason, extra=fields(disk=disk.name))
+            _log.info(
+                "disk %s: %d free bytes are left out", disk.name, skipped.byte_count, extra=fields(disk=disk.name)
+            )

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,7 @@ class Disk:
         self._watches: list[Watch] = []
         self._direct_fd: int | None = None
         self._owed = 0
+        self._syncing = threading.Lock()  # held by whoever the kernel may tell of what it could not write
         try:
             # Somebody who only reads may share a disk, even one that is mounted.
             exclusive = os.O_EXCL if self.is_served and path.is_block_device() else 0
@@ -168,18 +170,20 @@ class Disk:
             OSError: it may not be. The kernel says so once and forgets what it could not write; so what a `settle`
                 since the last flush was told counts here too.
         """
-        os.fdatasync(self.fd)
-        if self._owed:
+        with self._syncing:
+            os.fdatasync(self.fd)
             code, self._owed = self._owed, 0
+        if code:
             raise OSError(code, os.strerror(code))
 
     def settle(self) -> None:
         """A flush that nobody asked for; one that fails is owed to whoever asks for the next. Raises OSError."""
-        try:
-            os.fdatasync(self.fd)
-        except OSError as error:
-            self._owed = error.errno or errno.EIO
-            raise
+        with self._syncing:  # a flush that began meanwhile would be told nothing, and ask before this is owed
+            try:
+                os.fdatasync(self.fd)
+            except OSError as error:
+                self._owed = error.errno or errno.EIO
+                raise
 
     def grown_bytes(self) -> int:
         """By how much it is larger now than when it was opened."""

@@ -28,6 +28,7 @@ from mobility_agent.gate import Held
 from mobility_agent.ladder import Ladder
 from replicar.errors import PermanentError
 from replicar.nbd.protocol import LOOPBACK, Errno, Tls
+from replicar.observe.logs import fields
 
 MAX_CONNECTIONS: Final = 64
 #: Where a disk is served: a unix socket's path, or host and port.
@@ -135,7 +136,9 @@ class InlineCapture:
         try:
             await self.ladder.touched[disk.index].record(offset, length)
         except OSError as error:
-            _log.error("disk %s: a touched region can't be recorded: %s", disk.name, error)
+            _log.error(
+                "disk %s: a touched region can't be recorded: %s", disk.name, error, extra=fields(disk=disk.name)
+            )
             failure = error
         client.recorded(failure)
 
@@ -195,7 +198,7 @@ class InlineCapture:
                 await asyncio.to_thread(disk.flush)
             except OSError as error:
                 # The kernel may have dropped pages it could not write, so any of the disk may differ from the stream.
-                _log.error("disk %s can't be made durable: %s", disk.name, error)
+                _log.error("disk %s can't be made durable: %s", disk.name, error, extra=fields(disk=disk.name))
                 self.ladder.distrust(disk.index, 0, disk.size_bytes)
                 self.ladder.declare()
                 return Errno.EIO

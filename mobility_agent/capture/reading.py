@@ -10,6 +10,7 @@ from mobility_agent.capture.disk import Disk
 from replicar.formats.frame import SECTOR_BYTES
 from replicar.nbd import protocol, replies
 from replicar.nbd.protocol import CommandFlag, Errno
+from replicar.observe.logs import fields
 
 #: A read this long is looked at for holes, if the client can be told of them.
 SPARSE_BYTES: Final = 64 << 10
@@ -41,7 +42,13 @@ class Reader:
             try:
                 parts = self._parts(flags, offset, length)
             except OSError as failure:
-                _log.error("disk %s can't be read at %d: %s", self._disk.name, offset, failure)
+                _log.error(
+                    "disk %s can't be read at %d: %s",
+                    self._disk.name,
+                    offset,
+                    failure,
+                    extra=fields(disk=self._disk.name, offset=offset),
+                )
                 error = Errno.EIO
             else:
                 return replies.chunks(handle, parts) if self._structured else replies.simple(handle, 0, parts[0][2])

@@ -11,6 +11,7 @@ import logging
 
 from mobility_agent.capture.disk import Disk
 from mobility_agent.ladder import Ladder
+from replicar.observe.logs import fields
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,14 @@ class Writer:
             else:
                 disk.zero(offset, length)
         except OSError as error:
-            _log.error("disk %s fails a write of %d bytes at %d: %s", disk.name, length, offset, error)
+            _log.error(
+                "disk %s fails a write of %d bytes at %d: %s",
+                disk.name,
+                length,
+                offset,
+                error,
+                extra=fields(disk=disk.name, offset=offset),
+            )
             self._ladder.distrust(disk.index, offset, length)
             return errno.ENOSPC if error.errno == errno.ENOSPC else errno.EIO
         return 0

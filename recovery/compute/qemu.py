@@ -105,7 +105,7 @@ class QemuCompute:
         where = self._at(name)
         if not (where / _MARK).exists():
             return Power.ABSENT
-        return Power.STOPPED if _running(where) is None else Power.RUNNING
+        return Power.STOPPED if running(where) is None else Power.RUNNING
 
     async def prove(self, spec: MachineSpec, wanted: Wanted) -> Proof:
         """See `Compute`."""
@@ -114,7 +114,7 @@ class QemuCompute:
         kept = wanted.evidence / "console.log"
         console = Console(where / "console.log")
         try:
-            banner = await console.until(wanted.banner, wanted.banner_seconds, lambda: _running(where) is not None)
+            banner = await console.until(wanted.banner, wanted.banner_seconds, lambda: running(where) is not None)
             seconds = time.monotonic() - began
             screenshot = await self._screenshot(where, wanted.evidence / "screen.png")
             said = ""
@@ -128,7 +128,7 @@ class QemuCompute:
     async def shut_down(self, name: str, seconds: float) -> bool:
         """See `Compute`."""
         where = self._at(name)
-        if _running(where) is None:
+        if running(where) is None:
             return True
         async with qmp.connect(where / "qmp") as machine:
             await machine.ask("system_powerdown")
@@ -142,7 +142,7 @@ class QemuCompute:
         if not (where / _MARK).exists() and any(entry.name != ".lock" for entry in where.iterdir()):
             raise PermanentError(f"{where} is no machine of ours", hint="look what it is; it is left as it is")
         with _alone(where):
-            if (process := _running(where)) is not None:
+            if (process := running(where)) is not None:
                 with suppress(TransientError, PermanentError):
                     async with qmp.connect(where / "qmp") as machine:
                         await machine.ask("quit")
@@ -268,7 +268,7 @@ def _nbd_server(disk: DiskSource) -> tuple[dict[str, str], str]:
     )
 
 
-def _running(where: Path) -> int | None:
+def running(where: Path) -> int | None:
     """The process of the QEMU that holds this directory's pid file locked; None if there is none."""
     try:
         with (where / "pid").open("rb+") as file:
@@ -299,7 +299,7 @@ async def _listens(name: str, where: Path, alive: int) -> None:
 
 async def _ends(where: Path, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while _running(where) is not None:
+    while running(where) is not None:
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(_POLL_SECONDS)

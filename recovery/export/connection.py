@@ -20,6 +20,7 @@ from replicar.errors import CorruptionError, ReplicarError
 from replicar.formats.frame import SECTOR_BYTES
 from replicar.nbd import protocol as nbd, replies
 from replicar.nbd.protocol import REQUEST, REQUEST_MAGIC, Command, CommandFlag, Errno
+from replicar.observe.logs import fields
 
 #: Requests of one client that may be under way.
 MAX_REQUESTS: Final = 64
@@ -240,7 +241,13 @@ class Connection(asyncio.Protocol):
             parts = await self._parts(flags, offset, memoryview(out))
         except (ReplicarError, OSError) as error:
             words = error.message if isinstance(error, ReplicarError) else str(error)
-            _log.error("disk %s can't be read at %d: %s", self._disk.name, offset, words)
+            _log.error(
+                "disk %s can't be read at %d: %s",
+                self._disk.name,
+                offset,
+                words,
+                extra=fields(disk=self._disk.name, offset=offset),
+            )
             self._refuse(Command.READ, handle, Errno.EIO, words)
             return
         if self._chosen.structured:
@@ -260,7 +267,12 @@ class Connection(asyncio.Protocol):
         try:
             await self._disk.flush()
         except OSError as error:
-            _log.error("disk %s: its overlay can't be made durable: %s", self._disk.name, error)
+            _log.error(
+                "disk %s: its overlay can't be made durable: %s",
+                self._disk.name,
+                error,
+                extra=fields(disk=self._disk.name),
+            )
             self._answer(replies.simple(handle, Errno.EIO))
             return
         self._answer(replies.simple(handle, 0))
@@ -276,7 +288,13 @@ class Connection(asyncio.Protocol):
             else:
                 self._disk.zero(offset, length)
         except OSError as failure:
-            _log.error("disk %s: its overlay can't take %d bytes: %s", self._disk.name, length, failure)
+            _log.error(
+                "disk %s: its overlay can't take %d bytes: %s",
+                self._disk.name,
+                length,
+                failure,
+                extra=fields(disk=self._disk.name),
+            )
             return Errno.ENOSPC if failure.errno == Errno.ENOSPC else Errno.EIO
         return 0
 
@@ -287,7 +305,13 @@ class Connection(asyncio.Protocol):
         try:
             found = await self._disk.stretches(offset, min(length, ALLOCATION_BYTES))
         except (ReplicarError, OSError) as failure:
-            _log.error("disk %s can't tell what lies at %d: %s", self._disk.name, offset, failure)
+            _log.error(
+                "disk %s can't tell what lies at %d: %s",
+                self._disk.name,
+                offset,
+                failure,
+                extra=fields(disk=self._disk.name, offset=offset),
+            )
             self._refuse(Command.BLOCK_STATUS, handle, Errno.EIO)
             return
         most = 1 if flags & CommandFlag.REQ_ONE else MAX_EXTENTS

@@ -18,6 +18,7 @@ from replicar.errors import ReplicarError
 from replicar.formats.frame import Buffer
 from replicar.formats.overlay import Base
 from replicar.formats.record import Disk
+from replicar.observe.logs import fields
 
 #: Offset, length, and whether it is zeros that take no space.
 Stretch = tuple[int, int, bool]
@@ -172,7 +173,13 @@ class ServedDisk:
             await self._view.warm(self._disk, offset, length)
         except ReplicarError as error:
             # Nobody has asked for it yet; whoever does is told.
-            _log.info("disk %s can't be read ahead at %d: %s", self.name, offset, error.message)
+            _log.info(
+                "disk %s can't be read ahead at %d: %s",
+                self.name,
+                offset,
+                error.message,
+                extra=fields(disk=self.name, offset=offset),
+            )
 
 
 def base_of(view: View, disk: Disk) -> Base:

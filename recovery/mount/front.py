@@ -22,6 +22,7 @@ from replicar.errors import CorruptionError, ReplicarError
 from replicar.formats.frame import SECTOR_BYTES
 from replicar.fuse import mount, protocol
 from replicar.fuse.protocol import FILE, SILENT, Opcode, Request, Tree
+from replicar.observe.logs import fields
 
 #: The file's name in its directory.
 NAME: Final = "disk"
@@ -143,7 +144,13 @@ class DiskFile:
             content = await self._disk.read(start, end - start) if length else bytearray()
         except (ReplicarError, OSError) as error:
             words = error.message if isinstance(error, ReplicarError) else str(error)
-            _log.error("disk %s can't be read at %d: %s", self._disk.name, offset, words)
+            _log.error(
+                "disk %s can't be read at %d: %s",
+                self._disk.name,
+                offset,
+                words,
+                extra=fields(disk=self._disk.name, offset=offset),
+            )
             self._send(protocol.refusal(unique, errno.EIO))
             return
         self._send(protocol.answer_head(unique, length), memoryview(content)[offset - start : offset - start + length])

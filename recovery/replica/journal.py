@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -44,6 +45,8 @@ class ReplicaRecord:
 
     `sequence` and `time_ns` are the point that is held, or the one on the way to which the blobs are; `base` is the one
     that they held before that. `start`: a place in the log that is not behind what they held. `disks`: the point's.
+    `filled`: the blobs were made anew for this point (`base` is 0), and hold it up to that byte of each disk, by its
+    index; `start` then is a place that is not behind the point. None: nothing of that kind.
     """
 
     phase: Phase
@@ -52,6 +55,7 @@ class ReplicaRecord:
     time_ns: int
     start: Start
     disks: tuple[Disk, ...]
+    filled: Mapping[int, int] | None = None
 
 
 def pack_record(record: ReplicaRecord, number: int) -> bytes:
@@ -67,6 +71,7 @@ def pack_record(record: ReplicaRecord, number: int) -> bytes:
         "time_ns": record.time_ns,
         "tail": start_fields(record.start),
         "disks": [[disk.index, disk.name, disk.size_bytes] for disk in record.disks],
+        "filled": sorted(record.filled.items()) if record.filled is not None else None,
     }
     body = json.dumps(fields).encode()
     if HEAD_BYTES + len(body) > SLOT_BYTES:
@@ -95,12 +100,16 @@ def read_record(data: bytes) -> tuple[int, ReplicaRecord] | None:
             Disk(int(index), str(name), int(size), DiskAction.PRESENT)
             for index, name, size in json.loads(body)["disks"]
         )
+        told = json.loads(body).get("filled")
+        filled = {int(index): int(count) for index, count in told} if told is not None else None
     except (ValueError, TypeError, KeyError):
         raise CorruptionError("a warm replica's journal says what it can't") from None
     if start is None:
         raise CorruptionError("a warm replica's journal does not say where the log goes on")
     places = (fields.integer("base"), fields.integer("sequence"), fields.integer("time_ns"))
-    return number, ReplicaRecord(phase, *places, start, disks)
+    if filled is not None and filled.keys() != {disk.index for disk in disks}:
+        raise CorruptionError("a warm replica's journal tells of disks that are not its own")
+    return number, ReplicaRecord(phase, *places, start, disks, filled)
 
 
 def newest(data: bytes) -> tuple[int, ReplicaRecord | None]:

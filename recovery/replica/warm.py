@@ -6,7 +6,8 @@ once. It needs to be right about nothing but that no changed range is missing, s
 anybody, up to the same point or a later one; that is what the journal is for.
 
 Where the ranges can't be had (the log was folded meanwhile, its disks changed, or the stream began anew) the blobs are
-made anew and written in full.
+made anew and written in full: to one point, which is pinned meanwhile, part by part, and the journal says how far that
+is. So a fill that was cut off goes on with the same point, and what came since is brought on behind it.
 
 Weak: it holds one point, the last; earlier ones are the log's. What became zeros is written as pages of zeros. While
 the blobs are made anew there is no replica. Its blobs are not sealed: they are what Azure imports.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -26,10 +27,12 @@ from recovery.chunks import ChunkSource, MachineLog
 from recovery.extents import ExtentMap, Ints
 from recovery.index import State, painted
 from recovery.layers import DiskMap
+from recovery.pins import holding
 from recovery.plan import HOLE_BYTES
 from recovery.points import AtSequence, Latest, Request, base_of, locate
 from recovery.replica.fenced import FencedBlob
 from recovery.replica.journal import BLOB_BYTES, SLOT_BYTES, Phase, ReplicaRecord, newest, pack_record
+from recovery.replica.ranges import between, joined
 from recovery.view import Piece, View
 from replicar.clock import Clock
 from replicar.errors import ConflictError, CorruptionError, PermanentError
@@ -40,12 +43,10 @@ from replicar.log.index import open_index
 from replicar.log.reader import LogReader, Start
 from replicar.storage.store import PageBlobStore, is_missing
 
-#: Changed ranges that lie so close together are written in one: a request costs as much as so many bytes, nearly.
-BRIDGE_BYTES: Final = 16 << 10
 #: What is written of zeros in one request.
 ZERO_BYTES: Final = 4 << 20
-#: Ranges of a disk that are gathered one by one; with more of them, larger gaps are bridged.
-MAX_RANGES: Final = 1 << 17
+#: Of a disk that is written in full, what is written before the journal says so: all that a death costs.
+FILL_BYTES: Final = 1 << 30
 #: Ranges that are looked up, and written, together.
 RANGES_AT_ONCE: Final = 1024
 SUFFIX: Final = ".vhd"
@@ -69,10 +70,20 @@ class WarmReplica:
     Args:
         log: the machine's log.
         store: where the blobs go, under `replicas/`.
+        fill_bytes: see FILL_BYTES.
     """
 
-    def __init__(self, log: MachineLog, store: PageBlobStore, *, clock: Clock) -> None:
-        self._log, self._store, self._clock = log, store, clock
+    def __init__(
+        self,
+        log: MachineLog,
+        store: PageBlobStore,
+        *,
+        clock: Clock,
+        random: Callable[[int], bytes],
+        fill_bytes: int = FILL_BYTES,
+    ) -> None:
+        self._log, self._store, self._clock, self._random = log, store, clock, random
+        self._fill_bytes = fill_bytes
         self._prefix = prefix(log)
         self._blobs: dict[int, FencedBlob] = {}
         self._journal: FencedBlob
@@ -95,8 +106,17 @@ class WarmReplica:
             for blob in [*self._blobs.values(), self._journal]:
                 await blob.release()
 
-    async def advance(self, request: Request = Latest()) -> Round:  # noqa: B008 - a value that nobody can change
+    async def advance(
+        self,
+        request: Request = Latest(),  # noqa: B008 - a value that nobody can change
+        *,
+        stored_number: int = 0,
+        stored_digest: bytes | None = None,
+    ) -> Round:
         """One round, up to the latest point, or to another one that is no older than what the replica holds.
+
+        Args:
+            stored_number, stored_digest: as of `locate`: how far the log has to reach, at least.
 
         Raises:
             PermanentError: there is no such point.
@@ -104,12 +124,15 @@ class WarmReplica:
             FencedError: somebody else has taken the replica over.
         """
         source = ChunkSource(self._log)
-        state = await locate(self._log, request, source=source)
+        state = await locate(
+            self._log, request, source=source, stored_number=stored_number, stored_digest=stored_digest
+        )
+        resumed = await self._resumed(state, source)
         before, place = self.record, state.place
         if before is not None and place.sequence < before.sequence:
             raise self._too_far(before, state)
         if before is not None and before.phase is Phase.APPLIED and before.sequence == place.sequence:
-            return Round(place.sequence, place.time_ns, 0, full=False)
+            return Round(place.sequence, place.time_ns, resumed, full=resumed > 0)
         base, start = 0, Start()
         if before is not None and before.disks == state.disks and await self._take_disks(state.disks):
             base, start = before.base if before.phase is Phase.APPLYING else before.sequence, before.start
@@ -120,14 +143,51 @@ class WarmReplica:
         await self._say(applying)
         if ranges is None:
             await self._make_anew(state.disks)
+            # From here on a death costs no more than one part: where the log goes on is kept for the end.
+            filling = dataclasses.replace(applying, start=following, filled={disk.index: 0 for disk in state.disks})
+            await self._say(filling)
+            return Round(place.sequence, place.time_ns, await self._fill(state, source, filling), full=True)
         written = 0
         for disk in state.disks:
-            if ranges is None:
-                written += await self._write(View(self._log, state, source=source), disk)
-            else:
-                written += await self._write_ranges(state, source, disk, ranges.get(disk.index, []))
+            count = await self._write_ranges(state, source, disk, ranges.get(disk.index, []))
+            written += count
         await self._say(dataclasses.replace(applying, phase=Phase.APPLIED, base=0, start=following))
-        return Round(place.sequence, place.time_ns, written, full=ranges is None)
+        return Round(place.sequence, place.time_ns, resumed + written, full=resumed > 0)
+
+    async def _resumed(self, wanted: State, source: ChunkSource) -> int:
+        """Finish a fill that was cut off, if there is one that can be finished; what was written for it."""
+        record = self.record
+        if record is None or record.phase is not Phase.APPLYING or record.filled is None:
+            return 0
+        if record.sequence > wanted.place.sequence:
+            return 0  # refused by whoever asked
+        try:
+            state = await locate(self._log, AtSequence(record.sequence), source=source)
+        except PermanentError:
+            return 0  # given up by retention meanwhile; it is begun anew
+        if state.disks != record.disks or not await self._take_disks(state.disks):
+            return 0
+        return await self._fill(state, source, record)
+
+    async def _fill(self, state: State, source: ChunkSource, record: ReplicaRecord) -> int:
+        """Write all of a point, from where the journal says that it is written to."""
+        filled, written = dict(record.filled or {}), 0
+        async with holding(self._log, state, clock=self._clock, random=self._random):
+            for disk in state.disks:
+                for at in range(filled[disk.index], disk.size_bytes, self._fill_bytes):
+                    part = await self._part(state, disk, at, self._fill_bytes)
+                    count = await self._write(View(self._log, part, source=source), disk)
+                    written += count
+                    filled[disk.index] = min(at + self._fill_bytes, disk.size_bytes)
+                    if count:
+                        await self._say(dataclasses.replace(record, filled=dict(filled)))
+        await self._say(dataclasses.replace(record, phase=Phase.APPLIED, filled=None))
+        return written
+
+    async def _part(self, state: State, disk: Disk, offset: int, length: int) -> State:
+        """A state of which one disk holds nothing but what it has in a range."""
+        there = await state.maps[disk.index].lookup(offset, length)
+        return dataclasses.replace(state, maps={**state.maps, disk.index: DiskMap.of(there, disk.size_bytes)})
 
     def _too_far(self, held: ReplicaRecord, wanted: State) -> ConflictError:
         return ConflictError(
@@ -257,28 +317,3 @@ async def read_journal(log: MachineLog, store: PageBlobStore) -> ReplicaRecord |
         if is_missing(error):
             return None
         raise
-
-
-def joined(parts: Sequence[tuple[Ints, Ints]]) -> list[tuple[int, int]]:
-    """Ranges (start, end) in any order as ascending (offset, length) that lie further apart than is worth two requests,
-    and are not too many."""
-    start, end = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(start, kind="stable")
-    start, reach = start[order], np.maximum.accumulate(end[order])
-    bridge = BRIDGE_BYTES
-    while True:
-        fresh = np.flatnonzero(np.concatenate(([True], start[1:] - reach[:-1] > bridge)))
-        if len(fresh) <= MAX_RANGES:
-            break
-        bridge *= 4
-    last = np.concatenate((fresh[1:] - 1, [len(start) - 1]))
-    return list(zip(start[fresh].tolist(), (reach[last] - start[fresh]).tolist(), strict=True))
-
-
-def between(data: ExtentMap, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """(start, end) within a range that no extent covers."""
-    at = offset
-    for start, end in [*zip(data.start.tolist(), data.end.tolist(), strict=True), (offset + length, offset + length)]:
-        if start > at:
-            yield at, start
-        at = end

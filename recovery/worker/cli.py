@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import sys
 from importlib.metadata import version
@@ -13,16 +12,19 @@ from typing import Annotated
 
 import typer
 
+from recovery.worker.exposed import PART
 from recovery.worker.service import Worker
 from recovery.worker.settings import DEFAULT_IDENTITY, WorkerSettings, load_settings
 from replicar.clock import SystemClock
 from replicar.control.enrolment import RegistrationKey, enrol, read_passphrase
 from replicar.control.identity import Role
 from replicar.errors import ReplicarError
+from replicar.observe import logs
 
 app = typer.Typer(
     name="recovery-worker",
-    help="""The hands of a Replicar vault: carries out drills, failovers and failbacks that operators ask for.
+    help="""The hands of a Replicar vault: carries out drills, failovers and failbacks that operators ask for,
+    and folds machines' logs by the clock.
 
     First `enrol` it with the vault's passphrase and a registration key, then `run` it with a settings file that names
     the storage account.
@@ -68,33 +70,35 @@ def run(
     settings: Annotated[
         Path | None, typer.Option("--settings", "-s", help="TOML settings file.", show_default=False)
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Carry out what waits, then end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Carry out the jobs that wait, then end.")] = False,
 ) -> None:
-    """Carry out jobs until SIGTERM or Ctrl-C.
+    """Carry out jobs until SIGTERM or Ctrl-C, and keep machines' logs indexed and thinned by their policies meanwhile.
 
-    \b
-    A settings file:
-      identity = "/var/lib/replicar/worker"        # where `enrol` put it
-      directory = "/var/lib/replicar/recovered"    # machines, overlays, evidence
-      accelerator = "tcg"                          # "kvm" where this host has it
-      [storage]                                    # as a process server's
-      endpoint = "https://NAME.blob.core.windows.net"
-      account_name = "NAME"
-      account_key_file = "/etc/replicar/account.key"
-      container = "replicar"
+        \b
+        A settings file:
+          identity = "/var/lib/replicar/worker"        # where `enrol` put it
+          directory = "/var/lib/replicar/recovered"    # machines, overlays, evidence
+          accelerator = "tcg"                          # "kvm" where this host has it
+      fold_seconds = 900                           # how often logs are indexed and thinned; 0: not by this worker
+    replica_seconds = 30                         # how often warm replicas are brought on; 0: not by this worker
+          [storage]                                    # as a process server's
+          endpoint = "https://NAME.blob.core.windows.net"
+          account_name = "NAME"
+          account_key_file = "/etc/replicar/account.key"
+          container = "replicar"
 
-    The environment overrides it: REPLICAR_WORKER_DIRECTORY=/srv/recovered.
+        The environment overrides it: REPLICAR_WORKER_DIRECTORY=/srv/recovered.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("azure").setLevel(logging.WARNING)
-    asyncio.run(_work(load_settings(settings), settings, once))
+    loaded = load_settings(settings)
+    logs.set_up(PART, loaded.log_format)
+    asyncio.run(_work(loaded, settings, once))
 
 
 async def _work(settings: WorkerSettings, file: Path | None, once: bool) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    typer.echo(f"recovery-worker: at work, in {settings.directory}")
+    logs.announce(f"recovery-worker: at work, in {settings.directory}")
     await Worker(settings, file, SystemClock()).run(stop, once=once)
 
 
@@ -112,7 +116,8 @@ def main() -> None:
     try:
         app()
     except ReplicarError as error:
-        typer.echo(f"recovery-worker: {error}", err=True)
+        if not logs.told(error):
+            typer.echo(f"recovery-worker: {error}", err=True)
         sys.exit(error.exit_status)
 
 

@@ -39,11 +39,13 @@ class Desk:
         self.job: Job = claim.job
         self.machine: ClaimedMachine = claim.machine
         self.before = claim.before
+        self.target = claim.target
         self.host = host
         self.fence = claim.fence
         self.result = dict(claim.job.result)
         self.cancel_requested = claim.job.cancel_requested
         self.lost = False
+        self.ended: JobState | None = None  # as the config server was told
         self._step = ""
         self._counted = (0, 0)
         self._news = asyncio.Event()
@@ -88,6 +90,7 @@ class Desk:
             f": {error}" if error else "",
         )
         await self._say(lambda: self.control.finish(self.job.id, end))
+        self.ended = state
 
     async def hold(self) -> int:
         """Take the machine from its process server; its epoch from here on."""

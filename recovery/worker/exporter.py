@@ -33,9 +33,12 @@ from replicar.control.identity import Identity
 from replicar.errors import PermanentError, ReplicarError, TransientError
 from replicar.formats.overlay import Base
 from replicar.formats.record import Disk
+from replicar.observe import logs
+from replicar.observe.logs import LogFormat
 from replicar.storage.target import open_store
 
 RETRY_SECONDS: Final = 2.0
+PART: Final = "exporter"
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +79,9 @@ async def serve(directory: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     note = Exported.load(directory)
+    if note.settings is not None:
+        logs.set_up(PART, load_settings(Path(note.settings)).log_format)
+    logs.always(machine=note.machine, machine_id=note.machine_id)
     disks = [Disk(index=index, name=name, size_bytes=size) for name, index, size in note.disks]
     async with AsyncExitStack() as stack:
         point: Point
@@ -136,8 +142,7 @@ async def _ended(task: asyncio.Task[None]) -> None:
 def main() -> None:
     """Hold the directory's lock, serve, and say what went wrong."""
     directory = Path(sys.argv[1])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("azure").setLevel(logging.WARNING)
+    logs.set_up(PART, LogFormat.TEXT)
     with (directory / PROCESS).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from recovery.failback.carry import Origin
 from recovery.failback.spans import Spans
 from recovery.view import Progress, View
 from recovery.worker.keeper import SOCKET, Exported, Keeper
-from recovery.worker.made import spec_of, wanted_of
+from recovery.worker.made import SEEING, spec_of, wanted_of
 from recovery.worker.settings import WorkerSettings
 from replicar.control.messages import Job
 from replicar.nbd.client import NbdClient
@@ -31,6 +31,30 @@ class Hands(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what it makes is on this host, and nobody else's to remove."""
+        ...
+
+    @property
+    def brings_home(self) -> bool:
+        """Whether it can say what a machine wrote, and read that."""
+        ...
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The options of a job that mean something to it."""
+        ...
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """What later jobs have to know to find again what it makes."""
+        ...
+
+    async def network(self, job: Job) -> str:
+        """The network that a drill's machine goes into, in words."""
+        ...
 
     async def findings(self, made: str, job: Job, view: View, *, isolated: bool) -> tuple[Finding, ...]:
         """What stands in the way."""
@@ -69,6 +93,10 @@ class QemuHands:
     """Machines on this host."""
 
     name = "qemu"
+    is_local = True
+    brings_home = True
+    reads = SEEING | {"memory_mib", "processors", "firmware", "bus", "ports"}
+    notes: Mapping[str, str] = {}
 
     def __init__(self, settings: WorkerSettings, settings_file: Path | None) -> None:
         self._file = settings_file
@@ -83,6 +111,10 @@ class QemuHands:
             DiskSource(disk.name, f"nbd+unix:///{disk.name}?socket={where}", disk.size_bytes) for disk in view.disks
         )
         return await self._compute.findings(_spec(made, job, disks, isolated=isolated))
+
+    async def network(self, job: Job) -> str:
+        """See `Hands`."""
+        return "the machine's own, which leads nowhere"
 
     async def give_disks(self, made: str, job: Job, view: View, progress: Progress) -> None:
         """See `Hands`."""

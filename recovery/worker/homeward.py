@@ -77,6 +77,8 @@ class Homeward:
     # --- failback ---
 
     async def prerequisites(self) -> str:
+        if not self._hands.brings_home:
+            await self._hands.diverged(made_name(last_made(self._desk.before)))  # says why not
         check_host(self._desk)
         check_options(self._options, FAILBACK_OPTIONS)
         if self._options.get("compare", "histories") not in ("histories", "bytes"):
@@ -167,7 +169,7 @@ class Homeward:
     # --- protecting again ---
 
     async def agent_is_there(self) -> str:
-        check_options(self._options)
+        check_options(self._options, frozenset())
         summary = await self._desk.control.machine(self._job.machine)
         if not summary.online:
             raise PermanentError(

@@ -34,6 +34,7 @@ from recovery.export.overlay import Overlay
 from recovery.failback.spans import Spans
 from recovery.output import write_raw_file
 from recovery.view import Progress, View
+from recovery.worker.made import shifted
 from replicar.control.files import write_file
 from replicar.errors import ConflictError, PermanentError, TransientError
 
@@ -157,7 +158,7 @@ class Keeper:
         total, done = sum(sizes.values()), 0
         for disk in view.disks:
             if not (where / raw_name(disk.name)).exists():  # it gets its name when it is complete
-                counted = _shifted(progress, done, total)
+                counted = shifted(progress, done, total)
                 await write_raw_file(view, disk, where / raw_name(disk.name), progress=counted)
             done += sizes[disk.name]
         replace(note, whole=True).save(where)
@@ -211,11 +212,6 @@ class Keeper:
             if time.monotonic() > deadline:
                 raise TransientError(f"the exporter in {where} does not serve yet", hint=_last_words(where))
             await asyncio.sleep(_POLL_SECONDS)
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    """Progress of one disk as that of all."""
-    return lambda done, _: progress(before + done, total)
 
 
 def overlay_name(disk: str) -> str:

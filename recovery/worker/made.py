@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Final
 
 from recovery.compute.machine import Bus, DiskSource, Firmware, MachineSpec, Wanted
+from recovery.view import Progress
 from replicar.control.messages import Job, JobKind
 from replicar.errors import PermanentError
 
 _PREFIX: Final = {JobKind.TEST_FAILOVER: "drill", JobKind.FAILOVER: "over", JobKind.CHANGE_POINT: "over"}
-#: What options mean to the hands; others are refused, never ignored.
-OPTIONS: Final = frozenset(
-    {"memory_mib", "processors", "firmware", "bus", "ports", "banner", "banner_seconds", "check", "check_seconds"}
-)
+#: What options say about how a machine proves that it runs.
+SEEING: Final = frozenset({"banner", "banner_seconds", "check", "check_seconds"})
 
 
 def made_name(job: Job) -> str:
@@ -29,12 +28,17 @@ def makers(jobs: Iterable[Job]) -> list[Job]:
     return [job for job in jobs if job.kind in _PREFIX]
 
 
-def check_options(options: Mapping[str, str], also: frozenset[str] = frozenset()) -> None:
-    """Raises PermanentError: an option that nobody here reads."""
+def check_options(options: Mapping[str, str], known: frozenset[str]) -> None:
+    """Raises PermanentError: an option that nobody here reads: it is refused, never ignored."""
     for name in options:
-        if name not in OPTIONS | also:
-            known = ", ".join(sorted(OPTIONS | also))
-            raise PermanentError(f"the option {name!r} is not known", hint=f"known are: {known}", option=name)
+        if name not in known:
+            hint = f"known are: {', '.join(sorted(known))}"
+            raise PermanentError(f"the option {name!r} is not known", hint=hint, option=name)
+
+
+def shifted(progress: Progress, before: int, total: int) -> Progress:
+    """Progress of one disk of several."""
+    return lambda done, _: progress(before + done, total)
 
 
 def spec_of(

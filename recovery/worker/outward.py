@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Final
 
 from recovery.fence import fence
-from recovery.moments import format_moment
 from recovery.points import AtSequence, Latest, Request
 from recovery.view import View
 from recovery.worker.desk import Desk
@@ -21,6 +20,7 @@ from recovery.worker.rounds import Work
 from recovery.worker.source import shut_down_source
 from replicar.control.messages import Job, JobKind, PointKind
 from replicar.errors import PermanentError, TransientError
+from replicar.moments import format_moment
 from replicar.storage.store import PageBlobStore
 
 #: What a source that is still there may take to store what it has captured, before it is fenced.
@@ -57,7 +57,7 @@ class Outward:
         }
 
     async def prerequisites(self) -> str:
-        check_options(self._job.parameters.options, SOURCE_OPTIONS)
+        check_options(self._job.parameters.options, self._hands.reads | SOURCE_OPTIONS)
         view = await self._view(await as_request(self._desk.control, self._job.machine, self._job.parameters.point))
         findings = await self._hands.findings(made_name(self._job), self._job, view, isolated=self._isolated)
         blocking = [found for found in findings if found.blocking]
@@ -87,12 +87,13 @@ class Outward:
         return f"sequence {sequence}, {format_moment(time_ns)}"
 
     async def network(self) -> str:
-        return "the machine's own, which leads nowhere"
+        return await self._hands.network(self._job)
 
     async def disks(self) -> str:
         made = made_name(self._job)
         check_host(self._desk)
-        await self._desk.note(machine=made, compute=self._hands.name, host=self._desk.host)
+        where = {"host": self._desk.host} if self._hands.is_local else {}
+        await self._desk.note(machine=made, compute=self._hands.name, **where, **self._hands.notes)
         await self._hands.give_disks(made, self._job, await self._at_point(), self._desk.progress)
         return ""
 

@@ -13,7 +13,7 @@ verify    `verify`
 circle    `drill`, `cleanup`, `failover`, `commit`, `cancel`, `failback`, `reprotect`, `disable`
 jobs      `jobs`: list, show, follow, cancel, drills
 arrangements  `policy`, `target`, `alerts`
-following how a job is followed to its end
+following, watched  how a job is followed to its end
 """
 
 from replicar.cli.app import app, main

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ import typer
 from recovery.chunks import MachineLog
 from replicar.cli.settings import OperatorSettings
 from replicar.control.keys import data_keys
+from replicar.control.messages import PointList
 from replicar.control.vault_key import VaultKey
 from replicar.errors import CorruptionError, PermanentError
 from replicar.log.index import list_index, read_index_header
@@ -45,13 +47,15 @@ MachineId = Annotated[
 class Access:
     """An opened log; `stored_number` and `stored_digest` are those of the segment last reported as stored, if known.
 
-    `quiet`: a sequence, and an instant up to which the machine says that it captured nothing behind it.
+    `quiet`: a sequence, and an instant up to which the machine says that it captured nothing behind it. `points` asks
+    the config server what is offered; None where that is not used.
     """
 
     log: MachineLog
     stored_number: int = 0
     stored_digest: bytes | None = None
     quiet: tuple[int, int] | None = None
+    points: Callable[[], Awaitable[PointList]] | None = None
 
 
 @asynccontextmanager
@@ -72,7 +76,9 @@ async def open_machine(
         keys = data_keys(key)
         async with open_store(target) as store:
             digest = bytes.fromhex(key.stored_digest) or None
-            yield Access(MachineLog(store, key.machine_id, keys), key.stored_segment or 0, digest, key.quiet)
+            asking = partial(_points, settings, machine)
+            log = MachineLog(store, key.machine_id, keys)
+            yield Access(log, key.stored_segment or 0, digest, key.quiet, asking)
         return
     if machine_id is None:
         raise PermanentError(
@@ -82,6 +88,11 @@ async def open_machine(
     vault_key = await asyncio.to_thread(VaultKey.read, vault_key_file, hint="give the copy that was kept of vault.key")
     async with open_store(target) as store:
         yield Access(MachineLog(store, machine_id, await _unwrapped(store, machine_id, vault_key, vault_key_file)))
+
+
+async def _points(settings: OperatorSettings, machine: str) -> PointList:
+    async with settings.control() as control:
+        return await control.points(machine)
 
 
 async def _unwrapped(store: PageBlobStore, machine_id: uuid.UUID, vault_key: VaultKey, path: Path) -> dict[int, bytes]:

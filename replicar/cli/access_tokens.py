@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from recovery.moments import format_moment
 from replicar.cli.console import Json, SettingsFile, Telling, row, run, table
 from replicar.cli.settings import load_settings
 from replicar.control.messages import MAX_TOKEN_DAYS, TOKEN_ROLES, AuditEntry, Token, TokenRequest
 from replicar.errors import PermanentError
+from replicar.moments import format_moment
 
 app = typer.Typer(
     name="token", help="Tokens for programs that use the API: create, list, revoke.", no_args_is_help=True

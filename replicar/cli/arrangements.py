@@ -12,12 +12,12 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from recovery.moments import format_moment
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, row, run, table
 from replicar.cli.settings import load_settings
 from replicar.control.message import Message
 from replicar.control.messages import Alert, Policy, TargetSettings
 from replicar.errors import PermanentError
+from replicar.moments import format_moment
 
 policy_app = typer.Typer(
     name="policy", help="How machines are protected: list, show, set policies.", no_args_is_help=True

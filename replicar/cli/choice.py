@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from recovery.chunks import ChunkSource
 from recovery.index import State
-from recovery.moments import parse_moment
 from recovery.points import AtSequence, Instant, Latest, Named, Request, locate
 from recovery.view import View
 from replicar.cli.access import Access
 from replicar.cli.console import Telling
-from replicar.errors import PermanentError
+from replicar.errors import PermanentError, TransientError
 from replicar.formats.record import Disk
+from replicar.moments import parse_moment
 
 #: Stands for the disk's name in the name of a target, an overlay, a directory.
 DISK_MARK = "{disk}"
@@ -62,15 +63,38 @@ def chosen_point(point: str | None, at: str | None, sequence: int | None, latest
 async def located(telling: Telling, access: Access, request: Request, source: ChunkSource) -> State:
     """The machine's state at a point, while somebody watches; errors as of `locate`."""
     with telling.counting("reading the log's tables") as advance:
-        return await locate(
-            access.log,
-            request,
-            stored_number=access.stored_number,
-            stored_digest=access.stored_digest,
-            quiet=access.quiet,
-            source=source,
-            reached=lambda number, _: advance(number, access.stored_number),
-        )
+        try:
+            return await locate(
+                access.log,
+                request,
+                stored_number=access.stored_number,
+                stored_digest=access.stored_digest,
+                quiet=access.quiet,
+                source=source,
+                reached=lambda number, _: advance(number, access.stored_number),
+            )
+        except PermanentError as error:
+            await _check_thinned(access, request, error)
+            raise
+
+
+async def _check_thinned(access: Access, request: Request, error: PermanentError) -> None:
+    """A log forgets the names that retention gave up; the config server does not.
+
+    Raises:
+        PermanentError: the point was there, and was given up.
+    """
+    if not isinstance(request, Named) or access.points is None:
+        return
+    with suppress(TransientError):  # then it is only not known why
+        found = await access.points()
+        for point in found.thinned:
+            if point.name == request.name and found.retention is not None:
+                raise PermanentError(
+                    f"the point {point.name!r} was thinned: retention gave it up",
+                    hint=found.retention.nearest(sequence=point.sequence),
+                    point=point.name,
+                ) from error
 
 
 def chosen_disks(view: View, names: list[str], every: bool) -> list[Disk]:

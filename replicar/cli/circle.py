@@ -13,7 +13,6 @@ from typing import Annotated, Final
 import typer
 from pydantic import ValidationError
 
-from recovery.moments import parse_moment
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, run
 from replicar.cli.following import Timeout, Wait, carried_out, follow
 from replicar.cli.settings import load_settings
@@ -23,11 +22,11 @@ from replicar.control.messages import (
     JobKind,
     JobParameters,
     JobState,
-    LifeState,
     PointChoice,
     PointKind,
 )
 from replicar.errors import PermanentError
+from replicar.moments import parse_moment
 
 PointName = Annotated[str | None, typer.Option("--point", help="A named point.", show_default=False)]
 At = Annotated[
@@ -284,8 +283,18 @@ async def _undoing(telling: Telling, control: ControlClient, machine: str, timeo
         if job.kind is JobKind.CANCEL_FAILOVER and not job.state.has_ended:
             return job
         if job.kind is JobKind.FAILOVER and not job.state.has_ended:
-            ended = await follow(telling, control, await control.cancel_job(job.id), timeout)
-            if (await control.machine(machine)).life is not LifeState.FAILOVER_STOPPED:
-                return ended.model_copy(update={"state": JobState.SUCCEEDED})  # it had not begun
-            return await _undoing(telling, control, machine, timeout)
+            return await _undone(control, await follow(telling, control, await control.cancel_job(job.id), timeout))
     return await control.make_job(machine, JobKind.CANCEL_FAILOVER)
+
+
+async def _undone(control: ControlClient, failover: Job) -> Job:
+    """What takes a failover back that was asked to stop: the job that the config server made of it, whether or not that
+    has ended by now; nothing, if it had not begun; a job of ours, if it went on to its end all the same."""
+    for job in (await control.jobs(failover.machine)).jobs:  # newest first
+        if job.id == failover.id:
+            break
+        if job.kind is JobKind.CANCEL_FAILOVER:
+            return job
+    if failover.state is JobState.CANCELLED:
+        return failover.model_copy(update={"state": JobState.SUCCEEDED})
+    return await control.make_job(failover.machine, JobKind.CANCEL_FAILOVER)

@@ -16,7 +16,6 @@ from recovery.chunks import ChunkSource
 from recovery.export.disk import ServedDisk, base_of
 from recovery.export.overlay import Overlay
 from recovery.export.server import Address, ExportServer
-from recovery.moments import format_moment
 from recovery.pins import holding
 from recovery.points import Request
 from recovery.view import View
@@ -38,6 +37,7 @@ from replicar.cli.settings import load_settings
 from replicar.clock import SystemClock
 from replicar.errors import PermanentError
 from replicar.formats.record import Disk
+from replicar.moments import format_moment
 from replicar.nbd.tls import server_context
 
 #: Where overlays that are thrown away lie; unlike /tmp it is seldom memory.

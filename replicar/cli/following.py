@@ -1,34 +1,29 @@
 """Following a job to its end: what is done, what it waits for, and an exit status that says whether it was reached.
 
-The config server is asked again every second, and told apart from a job that failed when it is away: the job goes on
-without whoever looks. Ctrl-C ends the looking and nothing else.
+A config server that is away is told apart from a job that failed: the job goes on without whoever looks (`watched`).
+Ctrl-C ends the looking and nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from recovery.moments import format_moment
 from replicar import errors
 from replicar.cli.console import Telling, duration, row, size, table
+from replicar.cli.watched import watched
 from replicar.control.client import ControlClient
 from replicar.control.message import ErrorReport
 from replicar.control.messages import Drill, Job, JobState, JobStep
 from replicar.errors import PermanentError, ReplicarError, TransientError
-
-#: How often a job is looked at.
-LOOK_SECONDS: Final = 1.0
-#: How long a config server that is away is waited for.
-AWAY_SECONDS: Final = 300.0
+from replicar.moments import format_moment
 
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")]
 Timeout = Annotated[
@@ -58,23 +53,18 @@ async def follow(telling: Telling, control: ControlClient, job: Job, timeout: fl
     Raises:
         TransientError: it has not, in time; or the config server has been away for five minutes.
     """
-    begun = heard = time.monotonic()
-    told = ""
-    with _bar(telling) as show:
-        while not job.state.has_ended:
-            told = _tell_waiting(telling, job, told)
-            show(job)
-            if timeout is not None and time.monotonic() - begun >= timeout:
-                raise _not_in_time(job, timeout)
-            await asyncio.sleep(LOOK_SECONDS)
-            try:
-                job = await control.job(job.id)
-                heard = time.monotonic()
-            except TransientError:
-                if time.monotonic() - heard > AWAY_SECONDS:
-                    raise
-        show(job)
-    return job
+    last, told, limit = job, "", asyncio.timeout(timeout)
+    try:
+        async with limit:
+            with _bar(telling) as show:
+                async for last in watched(control, job):
+                    told = told if last.state.has_ended else _tell_waiting(telling, last, told)
+                    show(last)
+    except TimeoutError:
+        if timeout is None or not limit.expired():
+            raise
+        raise _not_in_time(last, timeout) from None
+    return last
 
 
 def raise_if_unreached(job: Job) -> None:

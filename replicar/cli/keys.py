@@ -44,7 +44,7 @@ def rewrap(
     settings: SettingsFile = None,
     as_json: Json = False,
 ) -> None:
-    """After a rotation of the vault's key: put the newly wrapped data keys into the headers of all log blobs.
+    """After a rotation of the vault's key: put the newly wrapped data keys into the headers of all log and index blobs.
 
     The exit status is 0 only when no header is left that wants a former vault's key; until then, and for machines that
     were removed and are not named here, `config-server vault-key forget` would make data unreadable.
@@ -63,6 +63,14 @@ def rewrap(
                     raise
                 found[name] = await headers.rewrap(store, key.machine_id, _wrapped(key))
         total = sum(found.values(), Rewrapped())
+        if total.sealed:
+            names = sorted(name for name, each in found.items() if each.sealed)
+            raise PermanentError(
+                f"{total.changed} headers were replaced, but {total.sealed} index blobs were written by an earlier "
+                f"version, which sealed them with the form that they have; machines: {', '.join(names)}",
+                hint="keep the former vault's key until folding (`replicar fold`) has replaced them all",
+                **asdict(total),
+            )
         if total.in_use or total.unknown:
             names = sorted(name for name, each in found.items() if each.in_use or each.unknown)
             raise TransientError(

@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from recovery.export.disk import ServedDisk, base_of
 from recovery.export.overlay import Overlay
-from recovery.moments import format_moment
 from recovery.mount import mounting
 from recovery.mount.mounting import Mounted, mounted
 from recovery.view import View
@@ -21,6 +20,7 @@ from replicar.cli.console import Json, Machine, SettingsFile, Telling, run
 from replicar.cli.export import SCRATCH, opened_view, until_told
 from replicar.cli.settings import load_settings
 from replicar.errors import PermanentError
+from replicar.moments import format_moment
 
 
 def mount(

@@ -13,20 +13,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from recovery.moments import format_moment
 from replicar.cli.console import duration, row, size, table
 from replicar.control.message import ErrorReport
 from replicar.control.messages import (
+    HealthSignal,
     LifeState,
     MachineState,
     MachineSummary,
     PointList,
-    ProcessServerSummary,
     VaultStatus,
 )
+from replicar.moments import format_moment
 from replicar.signals import Level
 
 NOT_STORING: Final = "not storing"
+#: Signals of machines that their errors tell as well.
+_SAID_BY_ERRORS: Final = ("heartbeat", "process server")
 _SHORT: Final = {
     str(MachineState.INITIAL_REPLICATION): "replicating",
     str(MachineState.RESYNCHRONISING): "resyncing",
@@ -40,6 +42,8 @@ ELSEWHERE: Final = frozenset(LifeState) - {
     LifeState.PROTECTED,
     LifeState.RESYNCHRONISING,
 }
+#: Kept states without a name that `points` shows.
+KEPT_SHOWN: Final = 20
 #: Gaps that `points` shows; a machine under trace capture has one for each point.
 GAPS_SHOWN: Final = 10
 
@@ -62,9 +66,10 @@ def show_status(console: Console, found: VaultStatus) -> None:
     else:
         console.print("No machine is enrolled yet: mobility-agent enrol --help")
     told: set[str] = set()
+    _show_errors(console, "config server", found.errors, told)
     for server in found.process_servers:
         _show_errors(console, f"process server {server.name}", server.errors, told)
-        _show_signals(console, server)
+        _show_signals(console, f"process server {server.name}", server.signals)
     _show_machine_errors(console, found.machines, told)
 
 
@@ -125,6 +130,7 @@ def show_points(console: Console, found: PointList) -> None:
             )
     else:
         console.print("There is no named point yet: replicar tag MACHINE NAME")
+    _show_retention(console, found)
     console.print()
     if found.ordered_from is None:
         console.print("No instant can be chosen at present: storage holds no end of initial replication (or of a gap).")
@@ -140,6 +146,23 @@ def show_points(console: Console, found: PointList) -> None:
         end = gap.last_sequence if gap.last_sequence is not None else "(it lasts)"
         console.print(f"But for the gap from sequence {gap.first_sequence} to {end}: {escape(gap.reason)}")
     _show_errors(console, f"machine {found.name} is {NOT_STORING}", found.errors, set())
+
+
+def _show_retention(console: Console, found: PointList) -> None:
+    """What is kept in front of the window besides named points, and how much was given up."""
+    names = {point.sequence for point in found.points}
+    others = [item for item in found.retention.kept if item.sequence not in names] if found.retention else []
+    if others:
+        kept = table("~kept, without a name", ">sequence")
+        for item in others[-KEPT_SHOWN:]:
+            row(kept, format_moment(item.time_ns), item.sequence)
+        console.print(kept)
+        if len(others) > KEPT_SHOWN:
+            console.print(f"({len(others) - KEPT_SHOWN} older ones are left out; --json has them)")
+    if found.thinned:
+        console.print(
+            f"{len(found.thinned)} older named point(s) were thinned by the policy: they can't be chosen any more"
+        )
 
 
 def _machine_table(found: Iterable[MachineSummary]) -> Table:
@@ -169,15 +192,18 @@ def _show_machine_errors(console: Console, found: Iterable[MachineSummary], told
         if machine.errors and all(error.message in told for error in machine.errors):
             console.print(f"\n[bold red]{escape(what)}[/]: as said above", soft_wrap=True)
         _show_errors(console, what, machine.errors, told)
+        # Silence and a way that is barred are errors as well, and were said just now.
+        rest = [signal for signal in machine.signals if not (machine.errors and signal.name in _SAID_BY_ERRORS)]
+        _show_signals(console, f"machine {machine.name}", rest)
 
 
-def _show_signals(console: Console, server: ProcessServerSummary) -> None:
-    """What is not well with a process server, with its next step."""
-    for signal in server.signals:
+def _show_signals(console: Console, who: str, signals: Iterable[HealthSignal]) -> None:
+    """What is not well with somebody, with its next step."""
+    for signal in signals:
         if signal.level == Level.HEALTHY:
             continue
         colour = "bold red" if signal.level == Level.CRITICAL else "bold yellow"
-        what = f"process server {server.name} is in {signal.level} health"
+        what = f"{who} is in {signal.level} health"
         console.print(f"\n[{colour}]{escape(what)}[/]: {escape(signal.cause)}", soft_wrap=True)
         console.print(f"next step: {escape(signal.hint)}", soft_wrap=True)
 

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from recovery.compute.check import run_check
-from recovery.moments import format_moment
 from recovery.recovery_plans import JOBS, SCRIPT_SECONDS, Goal, Run, RunState, Step, read_plan, told_to_script
 from replicar.cli.circle import (
     Application,
@@ -38,6 +37,7 @@ from replicar.cli.settings import load_settings
 from replicar.control.client import ControlClient
 from replicar.control.files import make_directory, read_file, write_file
 from replicar.errors import ConflictError, PermanentError, ReplicarError, TransientError
+from replicar.moments import format_moment
 
 #: Runs that `runs` shows, newest first.
 SHOWN_RUNS: Final = 50

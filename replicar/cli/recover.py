@@ -16,7 +16,6 @@ from rich.console import Console
 from recovery.audits import Audited
 from recovery.chunks import ChunkSource
 from recovery.device import write_device
-from recovery.moments import format_moment
 from recovery.output import Written, write_qcow2_file, write_raw_file, write_vhd_blob, write_vhd_file
 from recovery.pins import holding
 from recovery.points import Request
@@ -39,6 +38,7 @@ from replicar.cli.settings import load_settings
 from replicar.clock import SystemClock
 from replicar.errors import PermanentError
 from replicar.formats.record import Disk
+from replicar.moments import format_moment
 from replicar.storage.store import PageBlobStore
 from replicar.storage.target import StorageTarget, open_store
 

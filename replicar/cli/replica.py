@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from typing import Annotated
 
@@ -11,17 +12,17 @@ import typer
 from rich.console import Console
 
 from recovery.chunks import MachineLog
-from recovery.moments import format_moment
 from recovery.points import Latest, Request, locate
 from recovery.replica.journal import Phase
 from recovery.replica.warm import Round, WarmReplica, read_journal
-from replicar.cli.access import MachineId, VaultKeyFile, open_machine
+from replicar.cli.access import Access, MachineId, VaultKeyFile, open_machine
 from replicar.cli.choice import At, PointName, Sequence, chosen_point
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, duration, row, run, size, table
 from replicar.cli.export import until_told
 from replicar.cli.settings import load_settings
 from replicar.clock import SystemClock
 from replicar.errors import PermanentError, TransientError
+from replicar.moments import format_moment
 
 app = typer.Typer(
     name="replica", help="A machine's warm replica: VHD blobs kept close behind its log.", no_args_is_help=True
@@ -44,8 +45,8 @@ def run_replica(
     """Keep a machine's replica close behind its log, round by round, until Ctrl-C or SIGTERM.
 
     The blobs are replicas/MACHINE-ID/DISK-INDEX.vhd in the logs' container, fixed VHDs that Azure imports. They are not
-    sealed. Whoever runs this last is the only writer. With --once a point ahead may be given; the latest is meant
-    otherwise.
+    sealed. Whoever runs this last is the only writer; where the machine's policy says `warm`, recovery workers do it.
+    With --once a point ahead may be given; the latest is meant otherwise.
     """
 
     async def work(telling: Telling) -> None:
@@ -57,12 +58,12 @@ def run_replica(
             open_machine(
                 load_settings(settings), machine, vault_key_file=vault_key_file, machine_id=machine_id
             ) as access,
-            WarmReplica(access.log, access.log.store, clock=SystemClock()) as replica,
+            WarmReplica(access.log, access.log.store, clock=SystemClock(), random=os.urandom) as replica,
         ):
             if once:
-                await _round(telling, machine, replica, request)
+                await _round(telling, machine, replica, request, access)
             else:
-                await _rounds(telling, machine, replica, request, every)
+                await _rounds(telling, machine, replica, request, access, every)
 
     run(as_json, work)
 
@@ -86,18 +87,20 @@ def status(
     run(as_json, work)
 
 
-async def _round(telling: Telling, machine: str, replica: WarmReplica, request: Request) -> None:
+async def _round(telling: Telling, machine: str, replica: WarmReplica, request: Request, access: Access) -> None:
     began = time.monotonic()
-    done = await replica.advance(request)
+    done = await replica.advance(request, stored_number=access.stored_number, stored_digest=access.stored_digest)
     _tell(telling, machine, done, time.monotonic() - began)
 
 
-async def _rounds(telling: Telling, machine: str, replica: WarmReplica, request: Request, every: float) -> None:
+async def _rounds(
+    telling: Telling, machine: str, replica: WarmReplica, request: Request, access: Access, every: float
+) -> None:
     """Round after round until told to end. Storage may be away: the next round does what this one did not."""
     async with until_told() as told:
         while not told.is_set():
             try:
-                await _round(telling, machine, replica, request)
+                await _round(telling, machine, replica, request, access)
             except TransientError as error:
                 telling.failure(error)
             with contextlib.suppress(TimeoutError):

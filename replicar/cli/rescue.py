@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from recovery.history import History
-from recovery.moments import format_moment
 from recovery.points import survey
 from recovery.rescue import FoundMachine, machines_in
 from recovery.verify import nothing_there
@@ -33,6 +32,7 @@ from replicar.cli.recover import (
 from replicar.cli.settings import OperatorSettings, load_settings
 from replicar.cli.vault import points_of
 from replicar.errors import PermanentError, ReplicarError
+from replicar.moments import format_moment
 from replicar.storage.target import open_store
 
 

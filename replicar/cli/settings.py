@@ -15,6 +15,7 @@ unknown name in the file is refused, never ignored.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,8 @@ from pydantic_settings import SettingsConfigDict
 from replicar.control.client import ControlClient
 from replicar.control.identity import Identity
 from replicar.errors import PermanentError
+from replicar.observe import logs
+from replicar.observe.logs import LogFormat, LogFormatSetting
 from replicar.settings import FileSettings, Reader
 from replicar.storage.target import StorageTarget
 
@@ -48,6 +51,7 @@ class OperatorSettings(FileSettings):
     identity: Path | None = None
     config_server: str | None = None
     storage: StorageTarget | None = None
+    log_format: LogFormatSetting = LogFormat.TEXT
 
     def control(self) -> ControlClient:
         """A client of the config server with the operator's identity; an asynchronous context manager.
@@ -83,10 +87,14 @@ class OperatorSettings(FileSettings):
 
 
 def load_settings(file: Path | None) -> OperatorSettings:
-    """Settings from the environment and a file: the one that is named, or the default one if it is there.
+    """Settings from the environment and a file: the one that is named, or the default one if it is there. What the
+    command logs beside its result is written from then on as they say.
 
     Raises:
         PermanentError: a file that is missing or no TOML, a name that is unknown, a value that can't be used.
     """
     found = file or (default_file() if default_file().is_file() else None)
-    return _READER.read(OperatorSettings, found)
+    settings = _READER.read(OperatorSettings, found)
+    if settings.log_format is LogFormat.JSON:
+        logs.set_up("replicar", settings.log_format, level=logging.WARNING)
+    return settings

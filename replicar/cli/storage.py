@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from dataclasses import asdict
 from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 
-from recovery.folding import Folded, Folder
-from recovery.indexing import Indexed, make_index
-from recovery.moments import format_moment
+from recovery.folding import Folded
+from recovery.indexing import Indexed
 from recovery.retention import Policy, Rule
+from recovery.upkeep import KeptUp, keep_up, retention_policy
 from recovery.usage import Usage, usage
 from replicar.cli.access import MachineId, VaultKeyFile, open_machine
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, row, run, size, table
-from replicar.cli.settings import load_settings
+from replicar.cli.settings import OperatorSettings, load_settings
 from replicar.clock import SystemClock
+from replicar.control.messages import UpkeepKind, UpkeepReport
 from replicar.errors import PermanentError
 from replicar.log.tail import Stored
+from replicar.moments import format_moment
 
 _UNITS: Final = {"m": 60, "h": 3600, "d": 86400}
 _NS: Final = 1_000_000_000
-#: What the policy is when nobody says otherwise.
+#: Told to the config server with what a fold by hand left; only a worker's name means more than that.
+_BY_HAND: Final = "by hand"
+#: What the policy is where neither the command nor the config server says it.
 DEFAULT_WINDOW: Final = "2h"
 DEFAULT_THIN: Final = ("1d:1h", "7d:2h", "15d:4h")
 
@@ -49,12 +54,18 @@ def storage(
 
 def fold(
     machine: Machine,
-    window: Annotated[str, typer.Option(help="How long every instant is kept: 90m, 2h, 1d.")] = DEFAULT_WINDOW,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            help="How long every instant is kept: 90m, 2h, 1d.  \\[default: as the machine's policy says]",
+            show_default=False,
+        ),
+    ] = None,
     thin: Annotated[
         list[str] | None,
         typer.Option(
             help="Up to an AGE, one point of every STRETCH; may be given several times.  "
-            "\\[default: 1d:1h 7d:2h 15d:4h]",
+            "\\[default: as the machine's policy says]",
             metavar="AGE:STRETCH",
             show_default=False,
         ),
@@ -69,26 +80,48 @@ def fold(
 ) -> None:
     """Bring a machine's index up to date, and give up the points that its policy does not keep.
 
-    To be run now and then, by anybody who may read and write the container: a run that dies is made good by the next.
-    What one run gives up, a later one frees.
+    Recovery workers do this by the clock. Anybody who may read and write the container may do it as well, at any time:
+    a run that dies is made good by the next. What one run gives up, a later one frees. Without the config server, and
+    without --window and --thin, all of two hours is kept, then points of 15 days ever further apart.
     """
 
     async def work(telling: Telling) -> None:
-        policy = Policy(_span(window), tuple(_rule(text) for text in thin or DEFAULT_THIN))
-        access = open_machine(load_settings(settings), machine, vault_key_file=vault_key_file, machine_id=machine_id)
+        loaded = load_settings(settings)
+        asks = vault_key_file is None
+        policy = None if index_only else await _policy(loaded, machine, window, thin, asks=asks)
+        access = open_machine(loaded, machine, vault_key_file=vault_key_file, machine_id=machine_id)
         async with access as opened:
             stored = Stored(opened.stored_number, 0, opened.stored_digest or b"")
             with telling.counting("indexing segments") as advance:
-                indexed = await make_index(
-                    opened.log, clock=SystemClock(), random=os.urandom, stored=stored, made=advance
+                done = await keep_up(
+                    opened.log, policy, clock=SystemClock(), random=os.urandom, stored=stored, made=advance
                 )
-            done = None
-            if not index_only:
-                done = await Folder(opened.log, policy, clock=SystemClock(), random=os.urandom).run()
-        data = {"machine": machine, "index": asdict(indexed), "fold": asdict(done) if done is not None else None}
-        telling.result(data, lambda console: _tell(console, machine, indexed, done))
+            if asks and done.retention is not None:
+                await _report(loaded, opened.log.machine_id, done)
+        folded = asdict(done.folded) if done.folded is not None else None
+        data = {"machine": machine, "index": asdict(done.indexed), "fold": folded}
+        telling.result(data, lambda console: _tell(console, machine, done.indexed, done.folded))
 
     run(as_json, work)
+
+
+async def _policy(
+    settings: OperatorSettings, machine: str, window: str | None, thin: list[str] | None, *, asks: bool
+) -> Policy:
+    """What is named, else what the machine's policy says, else what operators know."""
+    if window is None and thin is None and asks:
+        async with settings.control() as control:
+            return retention_policy(await control.machine_policy(machine))
+    return Policy(_span(window or DEFAULT_WINDOW), tuple(_rule(text) for text in thin or DEFAULT_THIN))
+
+
+async def _report(settings: OperatorSettings, machine_id: uuid.UUID, done: KeptUp) -> None:
+    """Tell the config server what is left, so that it offers nothing else."""
+    report = UpkeepReport(
+        kind=UpkeepKind.FOLD, instance=_BY_HAND, machine_id=machine_id, again_seconds=1, retention=done.retention
+    )
+    async with settings.control() as control:
+        await control.report_upkeep(report)
 
 
 def _span(text: str) -> int:

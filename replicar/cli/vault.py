@@ -11,16 +11,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from recovery.history import History
-from recovery.moments import format_moment
 from recovery.points import survey
 from replicar.cli import groups, overview
 from replicar.cli.access import MachineId, VaultKeyFile, open_machine
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, run
+from replicar.cli.following import Timeout, carried_out
 from replicar.cli.settings import load_settings
 from replicar.control.client import ControlClient
-from replicar.control.messages import MAX_WAIT_SECONDS, Point, PointList
+from replicar.control.messages import MAX_WAIT_SECONDS, JobKind, Point, PointList
 from replicar.errors import TransientError
 from replicar.formats.record import Consistency
+from replicar.moments import format_moment
 
 #: What `status` ends with while a protected machine is not being stored; no error of the common tree has it.
 NOT_STORING_STATUS: Final = 7
@@ -69,6 +70,11 @@ def protect(
     policy: Annotated[
         str | None, typer.Option(help="The policy to protect it by: `replicar policy list`.", show_default=False)
     ] = None,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="Follow it until it has a recovery point and its target settings."),
+    ] = False,
+    timeout: Timeout = None,
     settings: SettingsFile = None,
     as_json: Json = False,
 ) -> None:
@@ -77,10 +83,19 @@ def protect(
     async def work(telling: Telling) -> None:
         async with load_settings(settings).control() as control:
             found = await control.protect(machine, policy=policy)
+            jobs = (await control.jobs(machine)).jobs if wait else ()  # newest first
+            job = next((job for job in jobs if job.kind is JobKind.FINALIZE), None)
+            if job is not None:
+                await carried_out(telling, control, job, timeout=timeout)
+                return
+            undecided = (await control.target(machine)).missing()
 
         def show(console: Console) -> None:
             console.print(f"{escape(found.name)} is replicated through {escape(found.process_server or '?')}.")
             console.print("Initial replication begins now; `replicar machines` shows how far it is.")
+            if undecided:
+                command = f"`replicar target set {escape(machine)}` ({', '.join(undecided)})"
+                console.print(f"Decide what it is to be made of, for drills and failovers: {command}.")
 
         telling.result(found.model_dump(mode="json"), show)
 

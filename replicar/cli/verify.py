@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -17,7 +18,9 @@ from replicar.cli.access import MachineId, VaultKeyFile, open_machine
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, duration, row, run, size, table
 from replicar.cli.settings import load_settings
 from replicar.clock import SystemClock
+from replicar.control.files import PUBLIC_MODE, write_file
 from replicar.errors import CorruptionError, PermanentError
+from replicar.observe.exposition import Page
 
 _DAY_NS: Final = 86_400 * 10**9
 
@@ -44,6 +47,14 @@ def verify(
     settings: SettingsFile = None,
     vault_key_file: VaultKeyFile = None,
     machine_id: MachineId = None,
+    metrics_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the result there for Prometheus, as node_exporter's textfile collector takes it (*.prom).",
+            dir_okay=False,
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a machine's whole log in storage: chain, every chunk decrypted, every frame, every audit.
@@ -79,6 +90,8 @@ def verify(
         data = {"machine": machine, **report.as_dict(), "seconds": round(seconds, 3)}
         if parts is not None:
             data |= {"parts": parts, "turn": which % parts}
+        if metrics_file is not None:
+            write_file(metrics_file, page(machine, report, clock.now_ns(), seconds).render().encode(), mode=PUBLIC_MODE)
         telling.result(data, lambda console: _show(console, machine, report, seconds))
         return 0 if report.is_sound else CorruptionError.exit_status
 
@@ -96,6 +109,22 @@ def _parts(share: str | None) -> int | None:
     if not 100 / MAX_PARTS <= percent <= 100:
         raise PermanentError(f"{share} is no share", hint="write it in percent, like 5%, from 0.01% to 100%")
     return math.ceil(100 / percent)
+
+
+def page(machine: str, report: Report, now_ns: int, seconds: float) -> Page:
+    """A verification as metrics. Commands end before anybody could ask them, so they leave these behind."""
+    found, who = Page(), {"machine": machine, "machine_id": report.machine_id}
+    for name, text, value in (
+        ("ended_seconds", "When the last verification ended, since 1970.", now_ns / 1e9),
+        ("duration_seconds", "What it took.", seconds),
+        ("sound", "1 if all that was checked is as it was written.", int(report.is_sound)),
+        ("problems", "What was wrong, audits included.", report.problem_count),
+        ("audits", "Audits of the source disks that recovery was compared with.", report.audits),
+        ("mismatches", "Audits of which the replica holds other bytes.", report.audits_failed),
+        ("segments", "Segments whose place in the chain was checked.", report.segments),
+    ):
+        found.gauge(f"replicar_verify_{name}", text, value, **who)
+    return found
 
 
 def _show(console: Console, machine: str, report: Report, seconds: float) -> None:

@@ -15,6 +15,7 @@ from replicar.clock import Clock, SystemClock
 from replicar.control.access_calls import AccessCalls
 from replicar.control.admission import RenewReply, RenewRequest, VaultInfo
 from replicar.control.caller import machine_path
+from replicar.control.event_calls import EventCalls
 from replicar.control.identity import Identity, Role
 from replicar.control.job_calls import JobCalls, WorkerCalls
 from replicar.control.message import Message
@@ -39,13 +40,14 @@ from replicar.control.messages import (
 )
 from replicar.control.policy_calls import PolicyCalls
 from replicar.control.transport import Transport
+from replicar.control.upkeep_calls import UpkeepCalls
 from replicar.formats.record import Consistency
 from replicar.tls import client_context, reload_certificate, server_name
 
 _Reply = TypeVar("_Reply", bound=Message)
 
 
-class ControlClient(JobCalls, WorkerCalls, PolicyCalls, AccessCalls):
+class ControlClient(JobCalls, WorkerCalls, PolicyCalls, AccessCalls, UpkeepCalls, EventCalls):
     """Typed access to the config server; use it as an asynchronous context manager.
 
     Every method raises what `Transport.request` raises: `TransientError` naming host and port when the server can't be

@@ -20,6 +20,7 @@ import uuid
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -200,7 +201,7 @@ class Identity:
         return signing_request(self.key_pem)
 
     def _certificate(self) -> x509.Certificate:
-        return x509.load_pem_x509_certificate(self.certificate_pem)
+        return _read_certificate(self.certificate_pem)
 
     def _fits(self) -> bool:
         key = serialization.load_pem_private_key(self.key_pem, password=None)
@@ -230,6 +231,12 @@ def signing_request(key_pem: bytes) -> bytes:
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+@lru_cache(maxsize=8)
+def _read_certificate(pem: bytes) -> x509.Certificate:
+    """Every heartbeat asks whether its certificate is due."""
+    return x509.load_pem_x509_certificate(pem)
 
 
 def _facts(data: bytes, directory: Path) -> dict[str, Any]:

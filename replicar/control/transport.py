@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final, NoReturn
 
 import aiohttp
@@ -24,6 +25,8 @@ ANSWER_SECONDS: Final = 20.0
 #: Less than the server's own 75 s, so that a request never races with the server closing an idle connection.
 KEEP_ALIVE_SECONDS: Final = 30.0
 MAX_CONNECTIONS: Final = 8
+#: An answer that goes on says something every ten seconds; one that was silent for so long is lost.
+SILENT_SECONDS: Final = 45.0
 
 _CLASSES: Final[dict[str, type[ReplicarError]]] = {
     name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, ReplicarError)
@@ -114,6 +117,44 @@ class Transport:
                     self._raise_answer(response.status, data, response.headers)
                 return data
         except (aiohttp.ClientError, OSError) as error:  # time-outs are an OSError too
+            raise self._failure(error) from error
+
+    @asynccontextmanager
+    async def stream(
+        self, path: str, *, query: Mapping[str, str], headers: Mapping[str, str]
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The pieces of an answer that goes on, to GET `/v1<path>`; the context is entered once it has begun.
+
+        Raises:
+            ReplicarError: as `request`, before the answer or within it.
+        """
+        if self._session is None:
+            raise RuntimeError("use the client as an asynchronous context manager: `async with`")
+        try:
+            response = await self._session.get(
+                f"https://{self.where}{API_PREFIX}{path}",
+                params=query,
+                headers=headers,
+                server_hostname=self._server_hostname,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS),
+            )
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._failure(error) from error
+        try:
+            if response.status != 200:
+                self._raise_answer(response.status, await self._read(response), response.headers)
+            yield self._pieces(response)
+        except aiohttp.ClientError as error:  # of the connection: nobody else in here raises those
+            raise self._failure(error) from error
+        finally:
+            response.close()
+
+    async def _pieces(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        try:
+            async for piece in response.content.iter_any():
+                yield piece
+        except (aiohttp.ClientError, OSError) as error:
             raise self._failure(error) from error
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:

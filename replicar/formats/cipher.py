@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import threading
 import uuid
 from dataclasses import dataclass
 from typing import Final
@@ -35,6 +36,7 @@ MAX_WINDOW_BYTES: Final = 8 << 20
 _BOUND = struct.Struct("<8s16sIIQQQ")
 _CHUNK = struct.Struct("<III")
 _BOUND_MAGIC = b"RPSEGMT\x01"
+_THREADS = threading.local()
 _KDF_LABEL = b"replicar segment v1"
 
 
@@ -99,6 +101,14 @@ def open_section(key: AESGCM, section: int, sealed: Buffer, associated: bytes, w
         ) from None
 
 
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """This thread's: one holds some 100 KiB, which cost as much to make as a small chunk to decompress."""
+    found: zstandard.ZstdDecompressor | None = getattr(_THREADS, "decompressor", None)
+    if found is None:
+        found = _THREADS.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+    return found
+
+
 def decompress(data: bytes, limit: int, what: str, number: int) -> bytes:
     """One zstd frame and nothing else, of at most `limit` bytes.
 
@@ -111,7 +121,6 @@ def decompress(data: bytes, limit: int, what: str, number: int) -> bytes:
         claimed = zstandard.get_frame_parameters(data).content_size
         if claimed != zstandard.CONTENTSIZE_UNKNOWN and claimed > limit:
             raise CorruptionError(f"{what} claims {claimed} bytes; {limit} is the limit", number=number)
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
-        return decompressor.decompress(data, max_output_size=limit, allow_extra_data=False)
+        return _decompressor().decompress(data, max_output_size=limit, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptionError(f"{what} does not decompress: {error}", number=number) from None

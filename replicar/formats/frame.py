@@ -253,6 +253,12 @@ def seal_in_place(
     return frame_bytes
 
 
+def first_time_ns(region: Buffer, offset: int, header: FrameHeader) -> int:
+    """When the first change of the frame that begins at `offset` was captured; no later than any other of it."""
+    time_ns: int = PACK_DESCRIPTOR.unpack_from(region, offset + header.table_offset)[2]
+    return time_ns
+
+
 def build_frame(machine_id: uuid.UUID, first_sequence: int, table: Buffer, payload: Buffer = b"") -> bytes:
     """A whole frame from its parts, for records and tests; capture seals in place instead."""
     region = bytearray(HEADER_BYTES + padded(len(payload)) + len(table))

@@ -11,7 +11,9 @@ range; nonces are places, as in segments (see `cipher`), so a section can't be m
 any other. The root section is bound to the whole header. The header is written last: a blob whose writer died has
 none, and is as good as not there.
 
-Each header carries the data key wrapped by the vault's key, as log blobs do: of a folded log no other may be left.
+Each header carries the data key wrapped by the vault's key, as log blobs do: of a folded log no other may be left. That
+field alone is outside of the seal, so another wrapped form of the same key may take its place when the vault's key
+changes. (In version 1, which is still read, it was under the seal, and stays as it is.)
 
 Weak: nothing says how many index blobs there should be. Whoever deletes the newest fold brings an older one back; what
 was cleared since then is missed when it is read, and said to be.
@@ -44,7 +46,9 @@ from replicar.formats.logblob import WRAPPED_KEY_BYTES
 __all__ = ["DIGEST_BYTES", "KEY_BYTES", "SALT_BYTES", "TAG_BYTES", "BlobKind", "IndexHeader", "IndexName", "Root"]
 
 MAGIC: Final = b"RPINDEX\x01"
-VERSION: Final = 1
+VERSION: Final = 2
+#: Of which the root's seal covers all of the header.
+_WHOLLY_SEALED: Final = 1
 HEADER_BYTES: Final = 512
 ALIGNMENT: Final = 512
 #: A section before compression.
@@ -58,6 +62,8 @@ _POSITION = struct.Struct("<8s16sIIQQ")
 _BOUND = struct.Struct("<III")
 _LABEL = b"replicar index v1"
 _JSON_BYTES = struct.Struct("<I")
+#: Where the wrapped key and the checksum over it lie in the header.
+_WRAPPED, _CHECKSUM = slice(112, 152), slice(160, 168)
 #: Where a section lies in its blob, and what it is before and after sealing.
 SECTION_ENTRY: Final = np.dtype(
     [("offset", "<u8"), ("sealed_bytes", "<u4"), ("raw_bytes", "<u4"), ("codec", "<u4"), ("reserved", "<u4")]
@@ -107,11 +113,25 @@ class IndexHeader:
     salt: bytes
     wrapped_key: bytes
     created_ns: int
+    version: int = VERSION
+
+    @property
+    def is_rewrappable(self) -> bool:
+        """Whether another form of the wrapped key may take its place."""
+        return self.version != _WHOLLY_SEALED
+
+    def bound(self) -> bytes:
+        """What of the header the root's seal covers."""
+        data = bytearray(self.pack())
+        if self.is_rewrappable:
+            for where in (_WRAPPED, _CHECKSUM):
+                data[where] = bytes(where.stop - where.start)
+        return bytes(data)
 
     def pack(self) -> bytes:
         where = self.name
         body = _HEADER.pack(
-            *(MAGIC, VERSION, HEADER_BYTES, where.machine_id.bytes, where.kind, self.sections),
+            *(MAGIC, self.version, HEADER_BYTES, where.machine_id.bytes, where.kind, self.sections),
             *(where.first, where.last, self.root_offset, self.root_bytes, 0, self.key_id),
             *(self.salt, self.wrapped_key, self.created_ns),
         )
@@ -200,20 +220,21 @@ def seal_root(
     packed = zstandard.ZstdCompressor(level=_LEVEL).compress(raw)
     whole = IndexHeader(
         *(header.name, len(sections), header.root_offset, len(packed) + TAG_BYTES, header.key_id),
-        *(header.salt, header.wrapped_key, header.created_ns),
+        *(header.salt, header.wrapped_key, header.created_ns, header.version),
     )
-    return key.encrypt(cipher.nonce(0), packed, whole.pack()), whole
+    return key.encrypt(cipher.nonce(0), packed, whole.bound()), whole
 
 
 def open_root(header: IndexHeader, sealed: Buffer, data_key: bytes) -> Root:
-    """Decrypt and verify the root section; with it, the header is authentic too.
+    """Decrypt and verify the root section; with it, the header is authentic too, but for the wrapped key (which proves
+    itself: no other data key would have opened this).
 
     Raises:
         CorruptionError: wrong key, altered bytes, or a root that contradicts itself.
     """
     what = f"the root of index blob {header.name}"
     key = blob_key(data_key, header.salt, header.name)
-    packed = cipher.open_section(key, 0, sealed, header.pack(), what, header.name.first)
+    packed = cipher.open_section(key, 0, sealed, header.bound(), what, header.name.first)
     raw = cipher.decompress(packed, MAX_ROOT_BYTES, what, header.name.first)
     if len(raw) < _JSON_BYTES.size:
         raise CorruptionError(f"{what} is too short", blob=str(header.name))
@@ -247,7 +268,7 @@ def read_header(data: Buffer, name: IndexName) -> IndexHeader | None:
         raise CorruptionError(f"{name} is no index blob", blob=str(name))
     if struct.unpack_from("<Q", raw, _HEADER.size)[0] != xxhash.xxh3_64_intdigest(raw[: _HEADER.size]):
         raise CorruptionError(f"the header of index blob {name} fails its checksum", blob=str(name))
-    if version != VERSION or size != HEADER_BYTES:
+    if version not in (VERSION, _WHOLLY_SEALED) or size != HEADER_BYTES:
         raise CorruptionError(f"index blob version {version} is not known here", hint="upgrade this part")
     said = (uuid.UUID(bytes=machine), kind, first, last)
     if said != (name.machine_id, name.kind, name.first, name.last):
@@ -255,7 +276,7 @@ def read_header(data: Buffer, name: IndexName) -> IndexHeader | None:
     if not TAG_BYTES < root_bytes <= MAX_ROOT_BYTES or sections > MAX_SECTIONS or offset < HEADER_BYTES:
         raise CorruptionError(f"the header of index blob {name} claims sizes that cannot be", blob=str(name))
     key_id, salt, wrapped, created = rest
-    return IndexHeader(name, sections, offset, root_bytes, key_id, salt, wrapped, created)
+    return IndexHeader(name, sections, offset, root_bytes, key_id, salt, wrapped, created, version)
 
 
 assert _HEADER.size == 160

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from replicar.errors import CorruptionError, LimitError
 from replicar.formats import fields
@@ -58,6 +58,10 @@ class Disk:
     name: str
     size_bytes: int
     action: DiskAction = DiskAction.PRESENT
+
+
+#: What a record carries.
+Item: TypeAlias = Mark | Gap | Disk
 
 
 def pack_record(record: Mark | Gap | Disk) -> bytes:

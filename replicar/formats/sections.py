@@ -41,6 +41,10 @@ _HEADER = struct.Struct("<8sHHI16sIIQQQQQIIIIIIQ32s32s")
 _INDEX = struct.Struct("<II")
 CHUNK_ENTRY: Final = np.dtype([("sealed_bytes", "<u4"), ("codec", "<u4"), ("tag", "V16")])
 FRAME_ENTRY: Final = np.dtype([("place", "<u4"), ("reserved", "<u4"), ("header", "V64")])
+#: The same for who writes them, one at a time: numpy is slow at single rows, and slower where it is not in the caches.
+PACK_CHUNK: Final = struct.Struct("<II16s")
+_PACK_PLACE = struct.Struct("<II")
+assert (PACK_CHUNK.size, _PACK_PLACE.size + frame.HEADER_BYTES) == (CHUNK_ENTRY.itemsize, FRAME_ENTRY.itemsize)
 CODEC_NONE, CODEC_ZSTD = 0, 1
 
 
@@ -151,18 +155,16 @@ def read_header(data: Buffer, offset: int = 0) -> SegmentHeader | None:
     return header
 
 
-def pack_table(chunks: np.ndarray[Any, Any], frames: Sequence[tuple[int, Frame]]) -> bytes:
-    """The table section of a run of frames, given the entries of its chunks.
+def pack_table(chunks: Sequence[bytes], frames: Sequence[tuple[int, Frame]]) -> bytes:
+    """The table section of a run of frames, given the entries of its chunks as `PACK_CHUNK` packs them.
 
     Raises:
         LimitError: it would be larger than a segment may be.
     """
-    headers = np.zeros(len(frames), dtype=FRAME_ENTRY)
-    for row, (place, item) in enumerate(frames):
-        headers[row] = (place, 0, bytes(item.data[: frame.HEADER_BYTES]))
+    headers = (_PACK_PLACE.pack(place, 0) + item.data[: frame.HEADER_BYTES] for place, item in frames)
     tables = [item.data[item.header.table_offset :] for _, item in frames]
     count = sum(item.header.count for _, item in frames)
-    index = b"".join((_INDEX.pack(len(frames), count), chunks.tobytes(), headers.tobytes(), *tables))
+    index = b"".join((_INDEX.pack(len(frames), count), *chunks, *headers, *tables))
     if len(index) > MAX_INDEX_BYTES:
         raise LimitError(f"a segment's table of {len(index)} bytes; {MAX_INDEX_BYTES} is the limit")
     return index

@@ -29,7 +29,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import numpy as np
 import zstandard
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -49,6 +48,7 @@ from replicar.formats.sections import (
     MAX_RAW_BYTES,
     MAX_SEGMENT_BYTES,
     MIN_CHUNK_BYTES,
+    PACK_CHUNK,
     VERSION,
     SegmentHeader,
     SegmentTable,
@@ -102,7 +102,7 @@ class SealedChunks:
 
     __slots__ = (
         *("chunk_bytes", "chunks", "data_bytes", "finished", "first_time_ns", "key", "key_id", "last_time_ns", "out"),
-        *("position", "raw", "salt", "table"),
+        *("position", "raw", "salt", "shrank", "table"),
     )
 
     def __init__(
@@ -117,8 +117,8 @@ class SealedChunks:
     ) -> None:
         self.position, self.raw, self.key, self.key_id, self.salt = position, raw, key, key_id, salt
         self.chunk_bytes = chunk_bytes
-        count = -(-len(raw) // chunk_bytes)
-        self.chunks: np.ndarray[Any, Any] = np.zeros(count, dtype=CHUNK_ENTRY)
+        self.chunks: list[bytes] = []  # their entries in the table
+        self.shrank: list[bool] = []  # whether each is stored compressed
         self.out = out
         self.data_bytes = 0
         self.table = b""  # packed and compressed, not sealed; see `add_table`
@@ -171,7 +171,8 @@ def seal_chunks(
         end = place + len(body) + TAG_BYTES
         associated = cipher.chunk_data(position, index, len(chunk), codec)
         sealed.key.encrypt_into(cipher.nonce(index + 1), body, associated, out[place:end])
-        sealed.chunks[index] = (end - place, codec, bytes(out[end - TAG_BYTES : end]))
+        sealed.chunks.append(PACK_CHUNK.pack(end - place, codec, bytes(out[end - TAG_BYTES : end])))
+        sealed.shrank.append(codec == CODEC_ZSTD)
         place = end
     sealed.data_bytes = place - HEADER_BYTES
     return sealed
@@ -208,8 +209,9 @@ def add_table(sealed: SealedChunks, frames: Sequence[tuple[int, Frame]]) -> None
     _check_frames(sealed, frames)
     index = sections.pack_table(sealed.chunks, frames)
     sealed.table = zstandard.ZstdCompressor(level=1).compress(index)
-    sealed.first_time_ns = int(frames[0][1].table["time_ns"][0])
-    sealed.last_time_ns = int(frames[-1][1].table["time_ns"][-1])
+    first, last = frames[0][1], frames[-1][1]
+    sealed.first_time_ns = _time_ns(first.data, first.header.table_offset)
+    sealed.last_time_ns = _time_ns(last.data, last.header.frame_bytes - frame.DESCRIPTOR_BYTES)
     total = _total_bytes(sealed)
     if total > MAX_SEGMENT_BYTES:
         raise LimitError(f"a segment of {total} bytes; {MAX_SEGMENT_BYTES} is the limit")
@@ -283,8 +285,16 @@ def open_table(header: SegmentHeader, sealed_table: Buffer, data_key: bytes) -> 
     return sections.read_table(index, header, cipher.digest(raw_header, memoryview(sealed_table)[-TAG_BYTES:]))
 
 
-def open_chunk(table: SegmentTable, index: int, sealed_chunk: Buffer, data_key: bytes) -> bytes:
+def open_key(header: SegmentHeader, data_key: bytes) -> AESGCM:
+    """The key of a segment's chunks, for whoever opens several of them; use it in one thread at a time."""
+    return cipher.segment_key(data_key, header.salt, header.position)
+
+
+def open_chunk(table: SegmentTable, index: int, sealed_chunk: Buffer, key: bytes | AESGCM) -> bytes:
     """Decrypt, verify and decompress chunk `index`, given its bytes at chunk_offsets[index : index + 2].
+
+    Args:
+        key: the machine's data key, or what `open_key` made of it.
 
     Raises:
         CorruptionError: wrong key, altered bytes, or a length that does not fit.
@@ -298,8 +308,8 @@ def open_chunk(table: SegmentTable, index: int, sealed_chunk: Buffer, data_key: 
     if len(sealed_chunk) != int(entry["sealed_bytes"]) or bytes(sealed_chunk[-TAG_BYTES:]) != bytes(entry["tag"]):
         raise CorruptionError(f"{what} is not the one its table names", number=number)
     associated = cipher.chunk_data(header.position, index, raw_bytes, codec)
-    key = cipher.segment_key(data_key, header.salt, header.position)
-    data = cipher.open_section(key, index + 1, sealed_chunk, associated, what, number)
+    opener = key if isinstance(key, AESGCM) else open_key(header, key)
+    data = cipher.open_section(opener, index + 1, sealed_chunk, associated, what, number)
     if codec == CODEC_ZSTD:
         data = cipher.decompress(data, raw_bytes, what, number)
     if len(data) != raw_bytes:
@@ -324,6 +334,12 @@ def check_run(table: SegmentTable, raw: Buffer) -> None:
             raise CorruptionError(
                 f"segment {number} holds another frame at sequence {sequence} than its table says", number=number
             )
+
+
+def _time_ns(data: memoryview, descriptor_at: int) -> int:
+    """Of the descriptor that begins there."""
+    time_ns: int = frame.PACK_DESCRIPTOR.unpack_from(data, descriptor_at)[2]
+    return time_ns
 
 
 def _total_bytes(sealed: SealedChunks) -> int:

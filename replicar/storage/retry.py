@@ -19,8 +19,9 @@ land, even after the second one was answered. So, method by method:
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from types import TracebackType
 from typing import Final, Self, TypeVar
@@ -56,6 +57,17 @@ DEFAULT_POLICY: Final = RetryPolicy()
 
 
 @dataclass(slots=True)
+class RetryTally:
+    """How many requests failed and were tried again, or given up, by cause (`http_503`, `no_answer`)."""
+
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def note(self, error: TransientError) -> None:
+        status = error.fields.get("status")
+        self.failures[f"http_{status}" if isinstance(status, int) else "no_answer"] += 1
+
+
+@dataclass(slots=True)
 class _Tries:
     """What happened so far in one call: `uncertain` once any try may have been carried out."""
 
@@ -67,12 +79,19 @@ class RetryingStore:
     """`inner`, asked again. `random` makes the jitter and the lease ids; hand in a seeded one and all is repeatable."""
 
     def __init__(
-        self, inner: PageBlobStore, *, clock: Clock, random: Random, policy: RetryPolicy = DEFAULT_POLICY
+        self,
+        inner: PageBlobStore,
+        *,
+        clock: Clock,
+        random: Random,
+        policy: RetryPolicy = DEFAULT_POLICY,
+        tally: RetryTally | None = None,
     ) -> None:
         self._inner = inner
         self._clock = clock
         self._random = random
         self._policy = policy
+        self._tally = tally or RetryTally()
 
     async def __aenter__(self) -> Self:
         await self._inner.__aenter__()
@@ -179,6 +198,7 @@ class RetryingStore:
             except TransientError as error:
                 certain = outcome_is_certain(error)
                 tries.failures += 1
+                self._tally.note(error)
                 tries.uncertain = tries.uncertain or not certain
                 delay = self._policy.delay_seconds(tries.failures, error.retry_after_seconds, self._random)
                 error.fields["attempts"] = tries.failures

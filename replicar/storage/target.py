@@ -28,7 +28,7 @@ from replicar.clock import Clock, SystemClock
 from replicar.errors import PermanentError
 from replicar.storage.entra import Kind, credential
 from replicar.storage.limits import LimitedStore
-from replicar.storage.retry import DEFAULT_POLICY, RetryingStore, RetryPolicy
+from replicar.storage.retry import DEFAULT_POLICY, RetryingStore, RetryPolicy, RetryTally
 from replicar.storage.route import Route, basic, check_connect_to, check_proxy
 from replicar.storage.signing import Credential
 from replicar.storage.store import PageBlobStore
@@ -187,6 +187,7 @@ def open_store(
     clock: Clock | None = None,
     random: Random | None = None,
     policy: RetryPolicy = DEFAULT_POLICY,
+    tally: RetryTally | None = None,
 ) -> PageBlobStore:
     """The store a part works with: retries around limits around Azure, so that every retry is paced as well.
 
@@ -212,7 +213,7 @@ def open_store(
             f"storage: api_version {target.api_version!r} is not known", hint="use one like 2019-07-07, or leave it out"
         ) from error
     limited = LimitedStore(azure, clock=clock)
-    return RetryingStore(limited, clock=clock, random=random or SystemRandom(), policy=policy)
+    return RetryingStore(limited, clock=clock, random=random or SystemRandom(), policy=policy, tally=tally)
 
 
 def check_endpoint(endpoint: str) -> None:

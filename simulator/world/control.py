@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from config_server import operator_routes, part_routes, parties
 from config_server.api import _STATUS, Call, Context, Route
+from replicar.control.message import Message
 from replicar.control.transport import ANSWER_SECONDS, CONNECT_SECONDS, Transport
 from replicar.errors import PermanentError, ReplicarError
 from replicar.tls import PeerIdentity
@@ -49,6 +50,7 @@ class ControlService:
                 party = await self.context.registry.run(lambda connection: parties.authorise(connection, asking))
             call = Call(body=body, names=names, query=dict(query), address="", party=party)
             reply = await route.handler(self.context, call)
+            assert isinstance(reply, Message), "no part of the world listens to events"
             return 200, reply.to_json(), {}
         except ReplicarError as error:
             status = error.fields.get("status") or next(code for cls, code in _STATUS if isinstance(error, cls))

@@ -42,6 +42,8 @@ REAL: Final = SimpleNamespace(
 
 #: Pieces of a file by their numbers; what is missing is zeros.
 Pages: TypeAlias = dict[int, bytes]
+#: The parts of a file that are no holes, each with where it begins.
+Stretches: TypeAlias = list[tuple[int, bytes]]
 
 
 @dataclass(eq=False)
@@ -49,7 +51,7 @@ class Node:
     """One file. `content` is set when no name leads to it any more: what it held then."""
 
     number: int
-    durable: Pages = field(default_factory=dict)
+    pages: Pages = field(default_factory=dict)
     durable_bytes: int = 0
     is_fresh: bool = True  # its name or its length is not in the journal yet
     by_calls: bool = False
@@ -57,6 +59,18 @@ class Node:
     lost: Pages = field(default_factory=dict)  # what a failed sync dropped: durable only when written again
     is_directory: bool = False
     content: tuple[int, Pages] | None = None
+    _synced: Stretches | None = None
+
+    @property
+    def durable(self) -> Pages:
+        """What it held when it was last synced. Cut into pages only when somebody asks: few syncs see a power cut."""
+        if self._synced is not None:
+            self.pages, self._synced = _pages_of(self._synced), None
+        return self.pages
+
+    def is_now(self, found: Stretches) -> None:
+        """It was synced while it held this."""
+        self._synced = found
 
 
 class FileSystem:
@@ -132,12 +146,15 @@ class FileSystem:
                 node.durable[page] = REAL.pread(descriptor, PAGE, page * PAGE)
             node.dirty.clear()
             return
-        _, found = _read_path(f"/proc/self/fd/{descriptor}")  # it may be open for writing alone
-        if node.lost:
-            for page, dropped in node.lost.items():
-                if found.get(page) == dropped:  # not written since: nobody will write it out
-                    found[page] = node.durable.get(page, b"")
-        node.durable = found
+        _, stretches = _read_stretches(f"/proc/self/fd/{descriptor}")  # it may be open for writing alone
+        if not node.lost:
+            node.is_now(stretches)
+            return
+        found, before = _pages_of(stretches), node.durable
+        for page, dropped in node.lost.items():
+            if found.get(page) == dropped:  # not written since: nobody will write it out
+                found[page] = before.get(page, b"")
+        node.pages = found
 
     def sync_failed(self, node: Node, descriptor: int) -> None:
         """A sync failed: the kernel takes what was dirty for clean, and never writes it."""
@@ -181,9 +198,9 @@ class FileSystem:
         descriptor = REAL.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             REAL.ftruncate(descriptor, size)
-            for page, data in pages.items():
-                if page * PAGE < size:
-                    REAL.pwrite(descriptor, data[: size - page * PAGE], page * PAGE)
+            for at, data in _runs_of(pages):
+                if at < size:
+                    REAL.pwrite(descriptor, data[: size - at], at)
             inode = REAL.fstat(descriptor).st_ino
         finally:
             REAL.close(descriptor)
@@ -249,25 +266,40 @@ def _torn(old: bytes, new: bytes, draw: random.Random) -> bytes:
 
 
 def _read_path(path: str) -> tuple[int, Pages]:
+    size, stretches = _read_stretches(path)
+    return size, _pages_of(stretches)
+
+
+def _read_stretches(path: str) -> tuple[int, Stretches]:
     descriptor = REAL.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = REAL.fstat(descriptor).st_size
-        return size, _pages(descriptor, size)
+        return size, [(start, REAL.pread(descriptor, end - start, start)) for start, end in _edges(descriptor, size)]
     finally:
         REAL.close(descriptor)
 
 
-def _pages(descriptor: int, size: int) -> Pages:
-    found: Pages = {}
-    for start, end in _stretches(descriptor, size):
-        data = REAL.pread(descriptor, end - start, start)
-        for at in range(0, len(data), PAGE):
-            found[(start + at) // PAGE] = data[at : at + PAGE]
-    return found
+def _pages_of(stretches: Stretches) -> Pages:
+    return {(start + at) // PAGE: data[at : at + PAGE] for start, data in stretches for at in range(0, len(data), PAGE)}
 
 
-def _stretches(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """The parts of a file that are no holes, in whole pages."""
+def _runs_of(pages: Pages) -> Stretches:
+    """The pages that are not zeros, joined where they follow each other."""
+    runs: list[tuple[int, list[bytes]]] = []
+    following = -1
+    for page in sorted(pages):
+        data = pages[page]
+        if data.count(0) == len(data):
+            continue
+        if page != following:
+            runs.append((page * PAGE, []))
+        runs[-1][1].append(data.ljust(PAGE, b"\0"))
+        following = page + 1
+    return [(at, b"".join(parts)) for at, parts in runs]
+
+
+def _edges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where the parts of a file that are no holes begin and end, in whole pages."""
     at = 0
     while at < size:
         try:

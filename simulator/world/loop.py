@@ -1,8 +1,8 @@
 """Virtual time: an asyncio event loop that jumps to the next timer instead of waiting for it.
 
-It is asyncio's own `BaseEventLoop`, with its C tasks and futures, over a selector that has nothing to select from:
-asked to wait, it moves the time. So the code under test is scheduled exactly as asyncio does it, and a virtual minute
-costs what its callbacks cost.
+It is asyncio's own `BaseEventLoop`, with its C tasks and futures; only the queue of what is due is its own, in the same
+order that asyncio has: what is ready first, then timers by their time, and those of one moment as they were set. So a
+virtual minute costs what its callbacks cost, and little beside.
 
 What would bring the outside in is replaced or refused:
 
@@ -27,10 +27,13 @@ import contextvars
 import random
 from asyncio import base_events
 from collections.abc import Callable, Coroutine
+from heapq import heappop, heappush
 from typing import Any, Final, Protocol
 
 #: A thread's work takes so long at least, in virtual seconds: nothing comes back in the same instant.
 _LEAST_SECONDS: Final = 1e-5
+#: How many tasks a loop remembers before it looks which of them are done.
+_MOST_TASKS: Final = 2000
 
 
 class StuckError(Exception):
@@ -60,25 +63,41 @@ class CountedTask(asyncio.Task):  # type: ignore[type-arg]
         context = options.get("context")
         self.context: contextvars.Context = contextvars.copy_context() if context is None else context
         super().__init__(coroutine, loop=options["loop"], name=options.get("name"), context=self.context)
+        options["loop"].tasks.append(self)
 
     def __hash__(self) -> int:
         return self._number
 
 
-class _Time:
-    """A selector of nothing, whose waiting moves the time."""
+class _Handle(asyncio.Handle):
+    """asyncio's, made without asking whether somebody debugs: there are a hundred thousand of them in a minute."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    __slots__ = ()
 
-    def select(self, timeout: float | None) -> list[Any]:
-        if timeout is None:
-            raise StuckError("nothing is due, and nothing else can happen")
-        self.now += max(timeout, 0.0)
-        return []
+    def __init__(
+        self,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context | None,
+    ) -> None:
+        self._context = contextvars.copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = self._source_traceback = None
 
-    def close(self) -> None:
-        """Nothing to close."""
+
+class _Timer(_Handle):
+    """A handle that becomes ready at a moment."""
+
+    __slots__ = ("_when",)
+    _when: float
+
+    def when(self) -> float:
+        """The moment, in the loop's time."""
+        return self._when
 
 
 class VirtualLoop(base_events.BaseEventLoop):
@@ -90,9 +109,9 @@ class VirtualLoop(base_events.BaseEventLoop):
 
     def __init__(self, randomness: random.Random) -> None:
         super().__init__()
-        self._virtual = _Time()
-        self._selector = self._virtual
-        self._clock_resolution = 1e-9
+        self._now = 0.0
+        self._timers: list[tuple[float, int, _Timer]] = []  # a heap
+        self._set = 0  # timers, ever: of one moment, the one that was set first goes off first
         self._randomness = randomness
         self.network: Network | None = None
         #: Virtual seconds that a thread's work takes; replaced by whoever has slow disks.
@@ -100,11 +119,50 @@ class VirtualLoop(base_events.BaseEventLoop):
         #: What went wrong in callbacks, where asyncio would only log it.
         self.failures: list[dict[str, Any]] = []
         self._left: list[Any] = []
+        #: Every task that may still be under way. asyncio knows them too, in a set that is slow to walk.
+        self.tasks: list[CountedTask] = []
         self.set_task_factory(_task)  # type: ignore[arg-type]
         self.set_exception_handler(lambda _, context: self.failures.append(context))
 
     def time(self) -> float:
-        return self._virtual.now
+        return self._now
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        handle = _Handle(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> Any:
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> Any:
+        timer = _Timer(callback, args, self, context)
+        timer._when = when
+        self._set += 1
+        heappush(self._timers, (when, self._set, timer))
+        return timer
+
+    def _run_once(self) -> None:
+        """Everything that is ready now; if nothing is, what comes next becomes it."""
+        ready, timers = self._ready, self._timers  # type: ignore[attr-defined]
+        while timers and timers[0][2].cancelled():
+            heappop(timers)
+        if not ready:
+            if not timers:
+                raise StuckError("nothing is due, and nothing else can happen")
+            self._now = max(self._now, timers[0][0])
+        while timers and timers[0][0] <= self._now:
+            ready.append(heappop(timers)[2])
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
 
     def run_in_executor(  # type: ignore[override]
         self, executor: object, func: Callable[..., Any], *args: Any
@@ -135,7 +193,7 @@ class VirtualLoop(base_events.BaseEventLoop):
 
     def forget(self, belongs: Callable[[contextvars.Context], bool]) -> None:
         """Cancel every callback whose context `belongs` to what died."""
-        for handle in [*self._ready, *self._scheduled]:  # type: ignore[attr-defined]
+        for handle in [*self._ready, *(timer for _, _, timer in self._timers)]:  # type: ignore[attr-defined]
             if not handle.cancelled() and belongs(handle._context):
                 handle.cancel()
 
@@ -143,14 +201,16 @@ class VirtualLoop(base_events.BaseEventLoop):
         """What a dead process leaves half done stays so."""
         self._left.append(agen)
 
-    def _process_events(self, event_list: list[Any]) -> None:
-        """There are none."""
+    def _timer_handle_cancelled(self, handle: Any) -> None:
+        """It is passed over when its time comes."""
 
     def _write_to_self(self) -> None:
         """There is nobody to be woken."""
 
 
-def _task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any) -> CountedTask:
+def _task(loop: VirtualLoop, coroutine: Coroutine[Any, Any, Any], **options: Any) -> CountedTask:
+    if len(loop.tasks) > _MOST_TASKS:
+        loop.tasks = [task for task in loop.tasks if not task.done()]
     return CountedTask(coroutine, loop=loop, **options)
 
 

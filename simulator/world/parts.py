@@ -19,6 +19,7 @@ from pydantic import ByteSize, SecretStr
 
 from config_server.api import Context
 from config_server.bells import Bells
+from config_server.events import Events
 from config_server.registry import RegistryThread
 from config_server.vault import REGISTRY_FILE, Vault
 from mobility_agent.service import Service
@@ -38,6 +39,8 @@ from simulator.world.processes import Process
 MIB: Final = 1 << 20
 NBD_PORT: Final = 10809
 SERVER_PORT: Final = 9443
+#: What reports come after when nothing happens; news travel at once.
+HEARTBEAT_SECONDS: Final = 20.0
 #: As the product's, with a shorter end: a story is a minute long.
 RETRIES: Final = RetryPolicy(attempts=4, base_seconds=0.25, longest_seconds=5.0, deadline_seconds=30.0)
 _TARGET: Final = StorageTarget(
@@ -102,7 +105,11 @@ async def run_config(
     directory = process.machine.directory / "vault"
     vault = Vault.load(directory)
     async with RegistryThread(directory / REGISTRY_FILE) as registry:
-        context = Context(vault=vault, registry=registry, bells=Bells(), clock=clock, heartbeat_seconds=10.0)
+        bells = Bells()
+        events = Events(bells, clock)  # nobody listens
+        context = Context(
+            vault=vault, registry=registry, bells=bells, clock=clock, heartbeat_seconds=HEARTBEAT_SECONDS, events=events
+        )
         service = services[process.machine.name] = ControlService(process, context)
         listening(service)
         await asyncio.Event().wait()

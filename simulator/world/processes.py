@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from simulator.world.files import REAL, FileSystem
-from simulator.world.loop import CountedTask, VirtualLoop
+from simulator.world.loop import VirtualLoop
 
 _current: Final[contextvars.ContextVar[Process | None]] = contextvars.ContextVar("process", default=None)
 
@@ -128,8 +128,8 @@ class Process:
             return
         self.alive = False
         self.loop.forget(lambda context: context.get(_current) is self)
-        for task in asyncio.all_tasks(self.loop):
-            if isinstance(task, CountedTask) and task.context.get(_current) is self:
+        for task in self.loop.tasks:
+            if not task.done() and task.context.get(_current) is self:
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 self._tasks.append(task)
         self._end()

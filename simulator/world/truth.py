@@ -136,7 +136,7 @@ class Truth:
         ours = (words[:, 0] == content.MAGIC) & (words[:, 5] == self.seed)
         sound = content._checksums(words) == words[:, 1]
         placed = words[:, 3] == np.arange(len(words), dtype=np.uint64) * SECTOR_BYTES
-        zeros = ~words.any(axis=1)
+        zeros = np.bitwise_or.reduce(words, axis=1) == 0
         found[ours & ~placed] = MISPLACED
         found[ours & ~sound] = DAMAGED
         found[~ours] = FOREIGN

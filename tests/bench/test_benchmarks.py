@@ -65,6 +65,16 @@ def test_the_datapath_moves_everything_into_the_sink_and_is_compared_with_the_li
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.soak
+def test_recovery_says_what_opening_a_point_takes_and_alternates_the_sides_of_a_whole_disk() -> None:
+    report = _report("recovery", "--json", "--gib", "1", "--points", "8", "--share", "256", "--boots", "0")
+    assert report["first_byte_seconds"] >= report["first_byte_seconds_median"] > 0
+    assert report["first_byte_seconds_10_ms_away"] > 0.01
+    assert report["index_bytes_per_write"] >= 0
+    assert len(report["materialise_ratios"]) >= 5
+    assert 0.05 < report["materialise_ratio"] < 20
+
+
 def test_without_a_name_they_are_listed_one_line_each() -> None:
     done = _bench()
     assert done.returncode == 0

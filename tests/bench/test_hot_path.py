@@ -67,7 +67,7 @@ def test_compress_and_encrypt_a_segment(benchmark: BenchmarkFixture) -> None:
 
 
 def test_take_in_a_run_of_frames(benchmark: BenchmarkFixture) -> None:
-    """Sixty frames of 64 KiB, as `bench datapath` sends them: what receiving costs besides TLS."""
+    """Sixty frames of 64 KiB, as a machine sends them that keeps up: what receiving costs besides TLS."""
     few = WRITES // 4
     table, payload = _table()[: few * frame.DESCRIPTOR_BYTES], _payload()[: few * WRITE_BYTES]
     frames = [frame.build_frame(MACHINE, 1 + n * few, table, payload) for n in range(60)]

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from replicar.control.messages import JobKind, JobState
+from replicar.cli import watched
+from replicar.control.messages import JobKind, JobState, MarkReport, TargetSettings
 from tests.cli.conftest import Ended, Operator, operator_settings
 from tests.config_server.script import FAULT, Script, life
 from tests.config_server.support import Cast
@@ -95,6 +96,48 @@ async def test_the_exit_status_and_the_cause_are_those_of_the_job(
     assert ended.status == 1
     assert "the hypervisor is away" in ended.output
     assert "start it" in ended.output
+
+
+async def test_protection_that_waits_for_a_decision_says_which_command_makes_it(cast: Cast, operator: Operator) -> None:
+    await cast.server.process_server_heartbeat(cast.house.server_heartbeat())
+    shown = await operator("protect", "db1")
+    assert "replicar target set db1" in " ".join(shown.output.split())
+    await cast.report_stored(9)
+    mark = MarkReport(name="auto-1", sequence=9, time_ns=1)
+    await cast.machine.agent_heartbeat(cast.house.machine_heartbeat(marks=[mark]))
+    late = await operator("protect", "db1", "--wait", "--timeout", "1")
+    assert late.status == 75
+    assert "`replicar target set db1 --compute qemu`" in " ".join(late.errors.split())
+    assert (await operator("target", "set", "db1", "--compute", "azure", "--location", "westeurope")).status == 0
+    late = await operator("protect", "db1", "--wait", "--timeout", "1")
+    assert "replicar target set db1 --storage-account ... --resource-group ... --size ..." in " ".join(
+        late.errors.split()
+    )
+    version = (await cast.operator.target("db1")).version
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(operator("protect", "db1", "--wait", "--timeout", "120"))
+        await cast.operator.set_target("db1", TargetSettings(compute="qemu"), base_version=version)
+    assert waiting.result().status == 0
+
+
+async def test_a_job_is_followed_by_what_the_server_tells_and_not_by_asking(
+    protected: Cast, operator: Operator, working: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched, "LOOK_SECONDS", 3600.0)
+    assert (await operator("drill", "db1", "--timeout", "120")).status == 0
+
+
+async def test_a_job_is_followed_by_asking_while_nothing_is_told(
+    protected: Cast, operator: Operator, worker: Script
+) -> None:
+    protected.house.server.bells.close()  # every line ends at once
+    async with asyncio.TaskGroup() as group:
+        asked = group.create_task(operator("drill", "db1", "--timeout", "120"))
+        while await worker.claim() is None:
+            await asyncio.sleep(0.05)
+        await worker.do_steps()
+        await worker.end()
+    assert asked.result().status == 0
 
 
 async def test_cancelling_a_failover_that_runs_leaves_the_machine_protected(

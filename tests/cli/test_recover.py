@@ -10,9 +10,9 @@ from pathlib import Path
 
 from azure.storage.blob.aio import BlobServiceClient
 
-from recovery.moments import format_moment
 from replicar.control.files import write_file
 from replicar.formats import vhd
+from replicar.moments import format_moment
 from replicar.storage import PageBlobStore
 from simulator.azurite import Azurite
 from tests.cli.conftest import Operator, Stored

@@ -19,7 +19,18 @@ from replicar.control.messages import GapReport, LifeState, MarkReport
 from replicar.errors import CorruptionError, LimitError, PermanentError, TransientError
 
 #: The tables that came with jobs and policies.
-CIRCLE = ("jobs", "drills", "lives", "recovery_workers", "policies", "arrangements", "alerts", "tokens")
+CIRCLE = (
+    "jobs",
+    "drills",
+    "lives",
+    "recovery_workers",
+    "policies",
+    "arrangements",
+    "alerts",
+    "tokens",
+    "upkeep",
+    "retentions",
+)
 
 
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:

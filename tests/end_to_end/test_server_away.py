@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import statistics
 import time
@@ -38,6 +39,8 @@ QUIET_FLOOR_SECONDS = 0.004
 #: Turns with and without the server, and their writes a second, which the server keeps up with.
 ROUNDS = 5
 ROUND_RATE = 150.0
+#: Standard deviations of a count that is called chance.
+NOISE = 3.0
 
 
 async def _write(
@@ -128,20 +131,29 @@ async def test_a_hundred_journals_are_written_while_the_server_is_away(tmp_path:
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 async def test_without_the_server_no_write_waits_longer_than_twice_the_usual(tmp_path: Path) -> None:
-    draw, usual, away = random.Random(32), [], []
+    draw, usual, away = random.Random(32), list[float](), list[float]()
     settings = {"journal_bytes": JOURNAL_BYTES, "journal_file_bytes": 4 * MIB, "audit_bytes_per_second": 0}
     async with stage(tmp_path, agent_settings=settings) as running:
-        cluster = running.cluster
+        cluster, count = running.cluster, 10 * JOURNAL_BYTES // WRITE_BYTES
         async with await NbdClient.connect(cluster.nbd(DISK), export=DISK) as client:
             for number in range(ROUNDS):
-                count = 10 * JOURNAL_BYTES // WRITE_BYTES
-                usual.append(_p99(await _write(client, draw, count, per_second=ROUND_RATE, until=BUSY_BYTES)))
+                usual += await _write(client, draw, count, per_second=ROUND_RATE, until=BUSY_BYTES)
                 await running.settle(f"before-{number}")
                 cluster.process_server.kill()
-                away.append(_p99(await _write(client, draw, count, per_second=ROUND_RATE, until=BUSY_BYTES)))
+                away += await _write(client, draw, count, per_second=ROUND_RATE, until=BUSY_BYTES)
                 assert _status(running)["in_gap"]
                 await cluster.start_process_server()
                 await running.whole()
+    bound = 2 * _p99(usual)
     for name, values in (("usual", usual), ("away", away)):
-        print(f"p99 {name}, ms:", *(f"{value * 1000:.2f}" for value in values))
-    assert statistics.median(away) <= max(2 * statistics.median(usual), QUIET_FLOOR_SECONDS)
+        figures = (statistics.median(values), _p99(values), sorted(values)[int(len(values) * 0.999)], max(values))
+        over = sum(value > bound for value in values)
+        print(
+            f"{name}: median, p99, p99.9, longest, ms:",
+            *(f"{value * 1000:.2f}" for value in figures),
+            f"; {over} of {len(values)} beyond twice the usual p99",
+        )
+    assert _p99(away) <= bound
+    beyond = sum(value > bound for value in away)
+    usually = sum(value > bound for value in usual)
+    assert beyond <= usually + NOISE * math.sqrt(usually + 1)

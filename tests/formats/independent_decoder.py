@@ -166,7 +166,9 @@ def _root(
     blob = blobs[name]
     head = blob[:512]
     match = re.fullmatch(r"machines/[0-9a-f-]{36}/index/([0-9a-f]{16})-([0-9a-f]{16})-[0-9a-f]{8}\.(\w+)", name)
-    _check(match is not None and head[:8] == b"RPINDEX\x01" and struct.unpack_from("<II", head, 8) == (1, 512), "index")
+    _check(match is not None and head[:8] == b"RPINDEX\x01" and struct.unpack_from("<I", head, 12) == (512,), "index")
+    (version,) = struct.unpack_from("<I", head, 8)
+    _check(version in (1, 2), "index version")
     assert match is not None
     _check(struct.unpack_from("<Q", head, 160)[0] == xxhash.xxh3_64_intdigest(head[:160]), "index checksum")
     kind, sections, first, last, at, size = struct.unpack_from("<IIQQQI", head, 32)
@@ -177,7 +179,8 @@ def _root(
     (key_id,) = struct.unpack_from("<Q", head, 72)
     info = b"replicar index v1" + position
     key = AESGCM(HKDF(hashes.SHA256(), 32, head[80:112], info).derive(keys[key_id]))
-    root = _unpack(key.decrypt(bytes(12), blob[at : at + size], head), 32 << 20)
+    bound = head if version == 1 else _without_key(head)
+    root = _unpack(key.decrypt(bytes(12), blob[at : at + size], bound), 32 << 20)
     (length,) = struct.unpack_from("<I", root)
     opened = []
     for i in range(sections):
@@ -189,6 +192,11 @@ def _root(
     return json.loads(root[4 : 4 + length]), opened
 
 
+def _without_key(head: bytes) -> bytes:
+    """An index blob's header without its wrapped key, and without the checksum over that."""
+    return head[:112] + bytes(40) + head[152:160] + bytes(8) + head[168:]
+
+
 def _checkpoint(blobs: Mapping[str, bytes], name: str, machine: uuid.UUID, keys: Mapping[int, bytes]) -> Machine:
     """The disks of a checkpoint."""
     said, _ = _root(blobs, name, machine, keys)
@@ -197,7 +205,8 @@ def _checkpoint(blobs: Mapping[str, bytes], name: str, machine: uuid.UUID, keys:
     result.in_gap = any(gap["after"] is None for gap in said["gaps"])
     tiers = []
     for item in said["tiers"]:
-        _check(blobs[item["blob"]][:168].hex() == item["header"], "tier header")
+        there, said_there = blobs[item["blob"]][:168], bytes.fromhex(item["header"])
+        _check(_without_key(there) == _without_key(said_there), "tier header")
         tiers.append(_root(blobs, item["blob"], machine, keys))
     for disk in said["disks"]:
         content = bytearray(disk["size_bytes"])

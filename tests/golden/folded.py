@@ -13,10 +13,11 @@ from replicar.storage import MemoryStore
 from tests.golden import sample
 
 _HOUR_NS = 3_600_000_000_000
-#: One hour is whole, and of all before it one point is kept.
-_POLICY = Policy(_HOUR_NS, (Rule(1 << 62, 1 << 61),))
-#: The floor is the end of segment 3: what came later is younger than an hour.
+#: The floor is the end of segment 3: what came later, a nanosecond each, is younger than the window.
 FLOOR_SEQUENCE = 16
+#: What is whole, counted from the last change; of all before it one point is kept.
+_WINDOW_NS = 3
+_POLICY = Policy(_WINDOW_NS, (Rule(1 << 62, 1 << 61),))
 
 
 class _Clock:

@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 import zstandard
 
-from replicar.formats import changelog, cipher, frame, overlay, segment, vhd, wire
+from replicar.formats import changelog, cipher, frame, indexblob, overlay, segment, vhd, wire
 from replicar.formats.frame import Kind
 from tests.golden import folded, layouts, sample
 
@@ -188,12 +188,22 @@ def _folded() -> list[Golden]:
     blobs = asyncio.run(folded.log())
     made = []
     for name, data in sorted(blobs.items()):
-        kind = "index" if "/index/" in name else "folded"
-        made.append(Golden(f"{kind}.v1.{name.rsplit('/', 1)[1]}.bin", kind, 1, "good", name, data))
+        kind, version = "index" if "/index/" in name else "folded", indexblob.VERSION
+        made.append(Golden(f"{kind}.v{version}.{name.rsplit('/', 1)[1]}.bin", kind, version, "good", name, data))
     checkpoint = next(item for item in made if item.about.endswith(".checkpoint"))
     bad = flipped(checkpoint.data, 41)
-    made.append(Golden("index.v1.bad-header.bin", "index", 1, "CorruptionError", checkpoint.about, bad))
+    made.append(Golden("index.v2.bad-header.bin", "index", 2, "CorruptionError", checkpoint.about, bad))
     return made
+
+
+def _kept() -> list[Golden]:
+    """A folded log of the version before, which nobody writes any more and everybody reads: as it was made."""
+    entries = json.loads(MANIFEST.read_text(encoding="utf-8"))["files"]
+    return [
+        Golden(entry["file"], entry["format"], entry["version"], entry["verdict"], entry["about"], load(entry))
+        for entry in entries
+        if entry["format"] in ("index", "folded") and entry["version"] < indexblob.VERSION
+    ]
 
 
 def _footers() -> list[Golden]:
@@ -227,7 +237,16 @@ def _overlays() -> list[Golden]:
 
 def make() -> list[Golden]:
     """Every golden file, made anew."""
-    return [*_frames(), *_changelogs(), *_messages(), *_segments_and_logs(), *_folded(), *_footers(), *_overlays()]
+    return [
+        *_frames(),
+        *_changelogs(),
+        *_messages(),
+        *_segments_and_logs(),
+        *_folded(),
+        *_kept(),
+        *_footers(),
+        *_overlays(),
+    ]
 
 
 def examples(files: dict[str, bytes], document: str) -> dict[str, str]:

@@ -1,20 +1,25 @@
-"""Wrapped keys in log blobs: replaced without a reader noticing, destroyed for good."""
+"""Wrapped keys in log and index blobs: replaced without a reader noticing, destroyed for good."""
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
+from dataclasses import replace
 
 import pytest
 
 from process_server.logwriter import LogLimits, LogWriter, Writer
 from replicar.clock import SystemClock
-from replicar.errors import FencedError, PermanentError
-from replicar.formats import logblob
+from replicar.errors import CorruptionError, FencedError, PermanentError
+from replicar.formats import indexblob, logblob
+from replicar.formats.indexblob import IndexHeader, IndexName
 from replicar.log import headers
 from replicar.log.headers import Rewrapped
+from replicar.log.index import open_root, read_index_header
 from replicar.log.reader import LogReader
 from replicar.storage.memory import MemoryStore
+from tests.golden import make_golden, sample
 from tests.recovery.log_builder import LogBuilder
 
 MACHINE = uuid.UUID("6d616368-696e-4520-8000-6f6e65000009")
@@ -114,3 +119,63 @@ async def test_what_a_deleted_blob_held_last_is_no_key() -> None:
     await a_log(store)
     await headers.destroy(store, MACHINE, 2)
     assert store.kept == [bytes(512)] * 4
+
+
+async def an_index(store: MemoryStore, version: int) -> list[IndexName]:
+    """The golden index blobs of a version, in storage."""
+    await store.ensure_container()
+    manifest = json.loads(make_golden.MANIFEST.read_text(encoding="utf-8"))
+    names = []
+    for entry in manifest["files"]:
+        if (entry["format"], entry["version"], entry["verdict"]) == ("index", version, "good"):
+            name = indexblob.read_name(entry["about"])
+            assert name is not None
+            data = make_golden.load(entry)
+            await store.create(str(name), len(data))
+            await store.put_pages(str(name), 0, data)
+            names.append(name)
+    return names
+
+
+async def opened(store: MemoryStore, name: IndexName) -> IndexHeader:
+    """The header of an index blob that opens."""
+    header = await read_index_header(store, name)
+    assert header is not None
+    assert (await open_root(store, {sample.KEY_ID: sample.DATA_KEY}, header)).header == header
+    return header
+
+
+async def test_index_blobs_get_the_new_form_too_whoever_has_a_lease_and_open_as_before() -> None:
+    store, wanted = MemoryStore(), {sample.KEY_ID: b"c" * 40}
+    names = await an_index(store, 2)
+    await store.acquire_lease(str(names[0]))  # by a folder that died with its work done
+    assert await headers.rewrap(store, sample.MACHINE, wanted) == Rewrapped(changed=len(names))
+    assert {(await opened(store, name)).wrapped_key for name in names} == {b"c" * 40}
+    assert await headers.rewrap(store, sample.MACHINE, wanted) == Rewrapped(current=len(names))
+    assert not any(info.leased for info in await store.list(""))
+
+
+async def test_of_an_index_header_the_wrapped_key_alone_is_outside_of_the_seal() -> None:
+    store = MemoryStore()
+    name = (await an_index(store, 2))[0]
+    header = await opened(store, name)
+    sealed = await store.read(str(name), header.root_offset, header.root_bytes)
+    altered: dict[str, object] = {
+        "created_ns": header.created_ns + 1,
+        "salt": bytes(32),
+        "sections": header.sections + 1,
+        "key_id": header.key_id + 1,
+        "version": 1,
+    }
+    for field, value in altered.items():
+        with pytest.raises(CorruptionError):
+            indexblob.open_root(replace(header, **{field: value}), sealed, sample.DATA_KEY)  # type: ignore[arg-type]
+    assert indexblob.open_root(replace(header, wrapped_key=b"x" * 40), sealed, sample.DATA_KEY)
+
+
+async def test_an_index_blob_of_version_1_is_read_and_keeps_its_form_which_is_said() -> None:
+    store = MemoryStore()
+    names = await an_index(store, 1)
+    before = {name: await opened(store, name) for name in names}
+    assert await headers.rewrap(store, sample.MACHINE, {sample.KEY_ID: b"c" * 40}) == Rewrapped(sealed=len(names))
+    assert {name: await opened(store, name) for name in names} == before

@@ -8,16 +8,19 @@ import random
 import signal
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from mobility_agent.changelog import ChangeLog
+from mobility_agent.logstate import Past
+from mobility_agent.regions import DirtyRegions
 from replicar.clock import SystemClock
 from replicar.errors import ConflictError, CorruptionError, LimitError, ReplicarError
 from replicar.formats import record
 from replicar.formats.changelog import FRAMES_OFFSET
-from replicar.formats.frame import ANEW_STEP, Kind, begins_anew, may_begin_anew
+from replicar.formats.frame import ANEW_STEP, Flag, Frame, Kind, begins_anew, may_begin_anew
 from replicar.nbd.client import NbdClient
 from tests.mobility_agent.core import FILE_BYTES, MIB, agent_core, frames_of, gap_flags, open_log, replay
 
@@ -78,8 +81,16 @@ async def test_a_killed_agent_loses_nothing_acknowledged_and_agrees_with_its_dis
                     landed[place] = replayed[place]
         assert landed == replayed
         log.abandon()
+        _take_for_copied(tmp_path)
         async with agent_core(tmp_path, limit_bytes=256 * MIB) as core:  # the redo happens here
             assert replay(frames_of(core.log), 8 * MIB) == core.disk.path.read_bytes()
+
+
+def _take_for_copied(directory: Path) -> None:
+    """Nothing is dirty: what is dirty is not redone, since it will be copied."""
+    regions = DirtyRegions(directory / "root.regions", 8 * MIB)
+    regions.clear(0, 8 * MIB)
+    regions.close()
 
 
 def test_sequences_go_on_where_they_were(tmp_path: Path) -> None:
@@ -181,6 +192,80 @@ def test_a_full_log_that_has_to_begin_anew_can_say_so(tmp_path: Path) -> None:
     log = open_log(tmp_path, limit_bytes=2 * FILE_BYTES, boot_id=b"after the cut".ljust(16))
     assert not log.survived
     assert _mark(log, "anew") > ANEW_STEP
+    log.abandon()
+
+
+def _fill(log: ChangeLog) -> None:
+    """To the last byte that anything may take."""
+    while log.append_copy(Kind.WRITE, 0, 0, MIB, os.urandom(MIB)):
+        pass
+    with suppress(LimitError):
+        while True:
+            _mark(log, "one more")
+
+
+async def test_a_full_log_keeps_no_agent_from_starting_however_often_the_power_is_cut(tmp_path: Path) -> None:
+    log = open_log(tmp_path / "log", limit_bytes=2 * FILE_BYTES)
+    _fill(log)
+    log.abandon()
+    for number in range(3):
+        async with agent_core(tmp_path, limit_bytes=2 * FILE_BYTES, boot_id=b"cut %d".ljust(16) % number) as core:
+            assert core.ladder.in_gap
+            async with await NbdClient.connect(core.socket) as client:
+                await client.write(number * MIB, bytes([number + 1]) * MIB)
+            # What the first has to say it says in a file beyond the limit; the others find that full as well.
+            assert core.log.ordered is (number == 0)
+            assert len(list((tmp_path / "log").glob("*.hrl"))) == 3
+            _fill(core.log)
+    async with agent_core(tmp_path, limit_bytes=2 * FILE_BYTES, boot_id=b"cut again".ljust(16)) as core:
+        reserved = core.log.next_sequence
+        core.log.trim(reserved - 1)  # storage has all there was
+        seeding, frames, wanted = asyncio.create_task(core.seeder.run()), list[Frame](), reserved
+        while core.ladder.in_gap or core.log.take(wanted) is not None:
+            await asyncio.sleep(0.002)
+            frames += frames_of(core.log, wanted)
+            wanted = core.log.next_sequence
+            core.log.trim(wanted - 1)
+        seeding.cancel()
+        await asyncio.gather(seeding, return_exceptions=True)
+        assert frames[0].header.first_sequence == reserved
+        assert begins_anew(frames[0].table)
+        assert replay(frames, core.disk.size_bytes) == core.disk.path.read_bytes()
+
+
+async def test_a_gap_that_has_no_room_comes_before_all_else_when_there_is_room(tmp_path: Path) -> None:
+    async with agent_core(tmp_path, limit_bytes=2 * FILE_BYTES) as core:
+        core.ladder.regions[0].clear(0, core.disk.size_bytes)
+        assert core.ladder.close_gap()
+        _fill(core.log)
+        end = core.log.next_sequence
+        core.ladder.open_gap("a test")
+        assert core.ladder.in_gap
+        with pytest.raises(LimitError):
+            _mark(core.log, "between")
+        assert not core.log.append_copy(Kind.ZERO, 0, 0, 4096)
+        assert not core.ladder.close_gap()
+        core.log.trim(end - 1)
+        assert core.log.append_copy(Kind.ZERO, 0, 0, 4096)
+        gap, copy = frames_of(core.log, end)
+        assert gap_flags([gap]) == [Flag.GAP_BEGIN]
+        assert copy.table["kind"].tolist() == [Kind.ZERO]
+
+
+def test_a_cut_that_takes_the_only_files_header_costs_what_the_record_names(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    while log.first_sequence == 1:
+        assert log.append_copy(Kind.WRITE, 0, 0, MIB, os.urandom(MIB))
+        log.trim(log.next_sequence - 1)
+    log.state.retired_sequence = log.first_sequence
+    log.state.save(durable=True)
+    reserved = log.state.reserved_sequence
+    log.abandon()
+    (file,) = tmp_path.glob("*.hrl")
+    file.write_bytes(bytes(len(file.read_bytes())))
+    log = open_log(tmp_path, boot_id=b"after the cut".ljust(16))
+    assert log.past is Past.TOUCHED
+    assert log.next_sequence == reserved
     log.abandon()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from replicar.errors import TransientError
+from replicar.formats.logblob import BlobName
 from replicar.storage.memory import MemoryStore
 from replicar.storage.store import Pages
 
@@ -54,3 +56,16 @@ class GatedStore(MemoryStore):
             self.failures -= 1
             raise TransientError("storage is away", retry_after_seconds=0.01)
         await super().put_pages(name, offset, data, lease_id=lease_id, if_sequence_number_lt=if_sequence_number_lt)
+
+
+class LateStore(MemoryStore):
+    """Creations that a server asked for before it died land late: each right before somebody else creates a blob."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: list[BlobName] = []
+
+    async def create(self, name: str, size_bytes: int, *, metadata: Mapping[str, str] | None = None) -> None:
+        while self.late:
+            await super().create(str(self.late.pop()), size_bytes, metadata={"writer": "dead"})
+        await super().create(name, size_bytes, metadata=metadata)

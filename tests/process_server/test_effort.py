@@ -1,13 +1,12 @@
-"""How hard to compress: what does not shrink is passed over, and a narrow link gets a higher level."""
+"""Where to compress at all: what does not shrink is passed over."""
 
 from __future__ import annotations
 
 import random
 
-import pytest
 import zstandard
 
-from process_server.effort import Effort, level_for
+from process_server.effort import Effort
 from replicar.formats import segment
 
 CHUNK_BYTES = segment.DEFAULT_CHUNK_BYTES
@@ -43,19 +42,3 @@ def test_once_everything_shrinks_again_nobody_is_asked_any_more() -> None:
     effort.learn([False])
     effort.learn([True])
     assert effort.choose(views(NOISE), compress) == [True]
-
-
-@pytest.mark.parametrize(
-    ("configured", "rate", "level"),
-    [
-        (1, None, 1),
-        (1, 100 << 20, 1),
-        (1, 10 << 20, 3),
-        (1, 1 << 20, 6),
-        (9, 1 << 20, 9),
-        (-3, 10 << 20, 3),
-        (0, 1 << 20, 0),
-    ],
-)
-def test_a_narrow_link_gets_a_higher_level_and_never_a_lower_one(configured: int, rate: int | None, level: int) -> None:
-    assert level_for(configured, rate) == level

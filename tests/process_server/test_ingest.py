@@ -18,6 +18,7 @@ from replicar.formats.frame import INCARNATION_SHIFT
 from replicar.formats.wire import Ack, Resend, Welcome
 from replicar.tls import client_context, server_context, server_name
 from tests.mobility_agent.wire_server import Vault
+from tests.process_server.stores import GatedStore
 from tests.process_server.support import SMALL_BLOBS, Site, memory_store, running, stored_frames
 
 STORY_SECONDS = 30
@@ -29,14 +30,19 @@ def site(tmp_path: Path) -> Site:
 
 
 async def test_what_was_sent_is_stored_in_order_and_both_acknowledgements_come(site: Site) -> None:
-    store = memory_store()
-    async with asyncio.timeout(STORY_SECONDS), running(site, store) as server:
+    store = GatedStore()
+    async with asyncio.timeout(STORY_SECONDS), running(site, store) as server, asyncio.TaskGroup() as group:
         agent = site.agent(server.port)
-        agent.begin()
+        await agent.run(until_stored=agent.begin())
+        store.gate.clear()
         for size in (600, 4096, 70_000, 1_000_000, 1_100_000):
             agent.fill(7, size=size)
         last = agent.fill(5, size=1 << 20, compressible=False)
-        await agent.run(until_stored=last)
+        sending = group.create_task(agent.run(until_stored=last))
+        while agent.received <= agent.stored:
+            await asyncio.sleep(0.01)
+        store.gate.set()
+        await sending
         machine = server.machine(agent.machine_id)
         assert machine.counters.frames == 41
         assert machine.counters.bytes_received == machine.counters.bytes_stored == len(agent.everything)

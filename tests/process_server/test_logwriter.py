@@ -12,13 +12,15 @@ import pytest
 
 from process_server.logwriter import LogLimits, LogWriter, Writer
 from replicar.clock import SystemClock
-from replicar.errors import ConflictError, FencedError, PermanentError
+from replicar.errors import ConflictError, FencedError, PermanentError, TransientError
 from replicar.formats import logblob, segment
+from replicar.formats.logblob import BlobHeader, BlobName
 from replicar.formats.segment import Position
 from replicar.log.reader import LogReader, Tail
 from replicar.storage.memory import MemoryStore
 from replicar.storage.store import BlobInfo, Pages, is_missing
 from tests.process_server.sender import write_frame
+from tests.process_server.stores import LateStore
 
 MACHINE, KEY = uuid.UUID(int=5), bytes(range(32))
 LIMITS = LogLimits(stripes=3, blob_bytes=16 << 20)
@@ -176,6 +178,8 @@ async def test_of_writers_that_fight_for_a_log_none_loses_what_it_was_told_is_st
                     await pen.log.roll(pen.tail)
         except FencedError:
             pass
+        except TransientError:
+            pass  # another one made the same blob, and had not taken it yet: a machine tries again later
         except PermanentError as error:
             if not is_missing(error):  # another one cleaned its blob up in between: a machine tries again later
                 raise
@@ -278,3 +282,56 @@ async def test_a_damaged_tail_is_written_over_by_the_next_run() -> None:
     assert again.tail.number == 2
     await again.write(2)
     assert await numbers(store) == [1, 2, 3, 4]
+
+
+async def late_store() -> LateStore:
+    store = LateStore()
+    await store.ensure_container()
+    return store
+
+
+async def test_a_dead_writers_late_creation_of_the_very_blob_is_passed_over_by_the_next_try() -> None:
+    store = await late_store()
+    pen = await opened(store)
+    await pen.write(3)
+    store.late = [BlobName(MACHINE, 1, 2, 0)]  # it was rolling when it died
+    with pytest.raises(TransientError, match="made at the same time"):
+        await opened(store)
+    successor = await opened(store)
+    assert (successor.log.run, successor.tail.number) == (3, 3)
+    await successor.write(3)
+    assert await numbers(store) == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_late_creation_above_a_writers_run_does_not_stop_it() -> None:
+    store = await late_store()
+    pen = await opened(store)
+    await pen.write(2)
+    store.late = [BlobName(MACHINE, 1, 5, 0)]
+    await pen.log.roll(pen.tail)
+    await pen.write(2)
+    assert pen.log.run == 2
+    await store.create(str(BlobName(MACHINE, 1, 3, 0)), 1 << 20)
+    with pytest.raises(TransientError):
+        await pen.log.roll(pen.tail)
+    again = await opened(store)
+    assert again.log.run == 6
+    await again.write(2)
+    assert await numbers(store) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("sign_of_life", ["its lease", "its header", "its epoch"])
+async def test_a_newer_run_with_a_sign_of_life_shuts_the_older_writer_out(sign_of_life: str) -> None:
+    store = await a_store()
+    pen = await opened(store)
+    await pen.write(1)
+    name = BlobName(MACHINE, 2 if sign_of_life == "its epoch" else 1, 2, 0)
+    await store.create(str(name), 1 << 20)
+    if sign_of_life == "its lease":
+        await store.acquire_lease(str(name))
+    elif sign_of_life == "its header":
+        header = BlobHeader(name, 2, 2, pen.tail.digest, 1, bytes(40), 1)
+        await store.put_pages(str(name), 0, header.pack())
+    with pytest.raises(FencedError) as caught:
+        await pen.log.roll(pen.tail)
+    assert "code" not in caught.value.fields, "not a lease that was broken by hand: somebody newer is there"

@@ -13,12 +13,13 @@ import pytest
 from process_server.cache import PAGE_BYTES, SLOT_BYTES
 from process_server.machine import Machine, MachineState, Tuning
 from replicar.errors import ConflictError
+from replicar.formats.logblob import BlobName
 from replicar.log.reader import LogReader
 from replicar.log.tail import Stored
 from replicar.storage.memory import MemoryStore
 from replicar.storage.store import Pages
 from tests.process_server.sender import Agent
-from tests.process_server.stores import GatedStore
+from tests.process_server.stores import GatedStore, LateStore
 from tests.process_server.support import KEY_ID, SMALL_BLOBS, Running, Site, running, stored_frames
 
 STORY_SECONDS = 30
@@ -207,3 +208,20 @@ async def test_an_agent_that_comes_back_while_damage_is_being_cut_out_is_told_wh
         sending.cancel()
         await asyncio.wait([sending])
     assert await stored_frames(store, agent.machine_id, site.data_key) == agent.everything
+
+
+async def test_a_dead_servers_late_creation_does_not_end_its_successors_service(site: Site, tmp_path: Path) -> None:
+    store = LateStore()
+    async with asyncio.timeout(STORY_SECONDS):
+        async with running(site, store) as server:
+            agent = site.agent(server.port)
+            agent.begin()
+            await agent.run(until_stored=agent.fill(3))
+        store.late = [BlobName(site.machine.id, 1, 2, 0)]  # it had asked for its next run when it died
+        async with running(site, store, cache_path=tmp_path / "another") as server:
+            agent.port = server.port
+            await agent.run(until_stored=agent.fill(3))
+            machine = server.machine(site.machine.id)
+            assert (machine.state, machine.error) == (MachineState.RUNNING, None)
+        assert not store.late
+        assert await stored_frames(store, site.machine.id, site.data_key) == agent.everything

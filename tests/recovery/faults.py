@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from replicar.storage import PageBlobStore
@@ -50,6 +51,24 @@ class CountingStore(_Wrapped):
     def _before(self, name: str) -> None:
         self.reads += name in _READS
         self.writes += name in _WRITES
+
+
+class MeetingStore:
+    """Lets somebody else do something before every operation, as another process would."""
+
+    def __init__(self, inner: PageBlobStore, meet: Callable[[], Awaitable[None]]) -> None:
+        self._inner, self._meet = inner, meet
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name not in _READS | _WRITES:
+            return found
+
+        async def call(*arguments: Any, **options: Any) -> Any:
+            await self._meet()
+            return await found(*arguments, **options)
+
+        return call
 
 
 class StoppingStore(_Wrapped):

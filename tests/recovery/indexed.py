@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Final
 
+from process_server.logwriter import LogLimits
 from recovery.indexing import Indexed, make_index
 from recovery.view import View
 from replicar.clock import SystemClock
@@ -23,10 +24,10 @@ class Story:
     `offered` are the sequences outside of gaps, `ends` those that a segment ends with.
     """
 
-    def __init__(self, store: PageBlobStore, seed: int, *, tick_ns: int = 0) -> None:
+    def __init__(self, store: PageBlobStore, seed: int, *, tick_ns: int = 0, limits: LogLimits | None = None) -> None:
         self.random = random.Random(seed)
         stripes = self.random.choice([1, 3])
-        self.builder = LogBuilder(store, stripe_count=stripes, frame_descriptors=9, blob_bytes=1 << 20)
+        self.builder = LogBuilder(store, stripe_count=stripes, frame_descriptors=9, blob_bytes=1 << 20, limits=limits)
         self.offered: list[int] = []
         self.marks: dict[str, int] = {}
         self.ends: list[int] = []

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 import xxhash
 import zstandard
 
+from process_server.logwriter import LogLimits, LogWriter, Writer
 from recovery.chunks import MachineLog
+from replicar.clock import SystemClock
 from replicar.formats import frame, logblob, segment
 from replicar.formats.frame import Flag, Kind
 from replicar.formats.logblob import BlobHeader, BlobName
 from replicar.formats.record import Consistency, Disk, DiskAction, Gap, Mark, pack_record
+from replicar.log.reader import Tail
 from replicar.storage.store import PageBlobStore
 
 START_NS = 1_780_000_000_000_000_000
@@ -32,7 +35,8 @@ class Stripe:
 class LogBuilder:
     """Descriptors gather until `seal` makes a segment of them. Time moves one tick with each.
 
-    `expected[sequence]` is every disk's content (bytes by index) after that sequence, if `model` is set.
+    `expected[sequence]` is every disk's content (bytes by index) after that sequence, if `model` is set. With `limits`
+    segments are placed and stored by a process server's log writer: every run is a takeover, and full blobs roll.
     """
 
     store: PageBlobStore
@@ -46,6 +50,7 @@ class LogBuilder:
     frame_descriptors: int = 7
     chunk_bytes: int = 4096
     compress_level: int = 1
+    limits: LogLimits | None = None
 
     def __post_init__(self) -> None:
         self.sequence = 1
@@ -59,6 +64,7 @@ class LogBuilder:
         self.times: dict[int, int] = {}
         self.placed: dict[int, tuple[str, int, int]] = {}  # segment number: blob, offset, length
         self._frames: list[bytes] = []
+        self._writer: LogWriter | None = None
         self._first = 1
         self._table, self._payload, self._frame_first = bytearray(), bytearray(), 1
 
@@ -132,6 +138,9 @@ class LogBuilder:
 
     async def begin_run(self, *, epoch: int | None = None) -> None:
         """A new writer: the next segment goes into new blobs."""
+        if self.limits is not None:
+            await self._take_over(self.limits, epoch if epoch is not None else self.epoch)
+            return
         self.run += 1
         self.epoch = epoch if epoch is not None else self.epoch
         self.stripes = []
@@ -160,16 +169,37 @@ class LogBuilder:
 
     async def seal(self) -> int:
         """Store what is gathered as the next segment; returns its number."""
-        if not self.stripes:
+        if not self.stripes and self._writer is None:
             await self.begin_run()
-        data, self.previous = self.sealed()
-        stripe = self.stripes[self.number % len(self.stripes)]
-        await self.store.put_pages(stripe.name, stripe.end, data)
-        self.placed[self.number] = (stripe.name, stripe.end, len(data))
-        stripe.end += len(data)
+        if self._writer is not None:
+            await self._seal_by(self._writer)
+        else:
+            data, self.previous = self.sealed()
+            stripe = self.stripes[self.number % len(self.stripes)]
+            await self.store.put_pages(stripe.name, stripe.end, data)
+            self.placed[self.number] = (stripe.name, stripe.end, len(data))
+            stripe.end += len(data)
         self._frames, self._first = [], self.sequence
         self.number += 1
         return self.number - 1
+
+    async def _take_over(self, limits: LogLimits, epoch: int) -> None:
+        writer = Writer(self.machine_id, epoch, self.key_id, self.key, self.wrapped_key)
+        keys = {self.key_id: self.key}
+        opened = await LogWriter.open(self.store, writer, limits, SystemClock(), keys=keys)
+        assert (opened.tail.number, opened.tail.digest) == (self.number - 1, self.previous)
+        self._writer, self.epoch, self.run = opened, epoch, opened.run
+
+    async def _seal_by(self, writer: LogWriter) -> None:
+        if not writer.reserve():
+            await writer.roll(Tail(self.number - 1, self._first - 1, self.previous))
+            assert writer.reserve()
+        self.run = writer.run
+        data, digest = self.sealed()
+        place = await writer.place(len(data))
+        await writer.write(place, memoryview(data))
+        self.previous = digest
+        self.placed[self.number] = (place.blob, place.offset, len(data))
 
     def _record(
         self,

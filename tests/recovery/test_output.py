@@ -74,6 +74,20 @@ async def test_a_raw_file_is_the_disk_and_keeps_its_holes(built: LogBuilder, tmp
     assert [entry.name for entry in tmp_path.iterdir()] == ["disk.raw"]
 
 
+async def test_what_was_written_is_counted_while_several_batches_are_under_way(
+    store: PageBlobStore, tmp_path: Path
+) -> None:
+    size = 40 * MIB
+    builder = LogBuilder(store, chunk_bytes=segment.DEFAULT_CHUNK_BYTES, model=False, blob_bytes=64 * MIB)
+    builder.begin(size)
+    for offset in range(0, size, MIB):
+        builder.write(0, offset, b"\1" * MIB)
+        await builder.seal()
+    view = View(builder.log, await locate(builder.log, Latest()))
+    written = await write_raw_file(view, view.disks[0], tmp_path / "disk.raw")
+    assert written.data_bytes == size
+
+
 async def test_a_vhd_file_is_the_disk_filled_up_to_a_whole_mib_with_a_footer(built: LogBuilder, tmp_path: Path) -> None:
     view, path = await view_of(built), tmp_path / "disk.vhd"
     await write_vhd_file(view, view.disks[0], path)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from recovery.moments import format_moment, parse_moment
 from recovery.points import AtSequence, Instant, Latest, Named, Request, locate
 from recovery.view import View
 from replicar.errors import CorruptionError, PermanentError
+from replicar.moments import format_moment, parse_moment
 from replicar.storage import PageBlobStore
 from tests.recovery.log_builder import START_NS, TICK_NS, LogBuilder
 

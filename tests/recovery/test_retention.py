@@ -3,120 +3,26 @@
 from __future__ import annotations
 
 import random
-from typing import Final
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from recovery.folding import GRACE_SECONDS, ORPHAN_SECONDS, Folded, Folder
+from recovery.folding import ORPHAN_SECONDS
 from recovery.history import History, NamedPoint, Place
-from recovery.indexing import make_index
 from recovery.lock import STALE_SECONDS, FoldLock
 from recovery.pins import LIFE_SECONDS, pin
-from recovery.points import AtSequence, Instant, Latest, Named, locate
+from recovery.points import AtSequence, Instant, Named, locate
 from recovery.retention import Policy, Rule, plan_fold
-from recovery.verify import verify
 from recovery.view import View
 from replicar.errors import CorruptionError, FencedError, PermanentError
 from replicar.formats.indexblob import BlobKind, IndexName
 from replicar.formats.record import Consistency
 from replicar.log.index import Fold, Kept, open_index
-from replicar.log.reader import LogReader
-from replicar.log.tail import Stored, sound_tail
 from replicar.storage import MemoryStore
 from tests.recovery.faults import Stopped, StoppingStore
-from tests.recovery.indexed import Story, contents
+from tests.recovery.indexed import contents
 from tests.recovery.log_builder import START_NS, LogBuilder
-
-NS: Final = 1_000_000_000
-MINUTE: Final = 60 * NS
-#: Ten minutes whole, then one point of every five up to an hour, then of every fifteen up to three.
-POLICY: Final = Policy(10 * MINUTE, (Rule(60 * MINUTE, 5 * MINUTE), Rule(180 * MINUTE, 15 * MINUTE)))
-
-
-class HandClock:
-    """A clock that is moved by hand."""
-
-    def __init__(self, now_ns: int = START_NS) -> None:
-        self.ns = now_ns
-
-    def now_ns(self) -> int:
-        return self.ns
-
-    def monotonic(self) -> float:
-        return self.ns / NS
-
-    async def sleep(self, seconds: float) -> None:
-        self.ns += int(seconds * NS)
-
-
-class Scene:
-    """A machine with a long past whose log is indexed and folded under a clock that is moved by hand."""
-
-    def __init__(self, seed: int) -> None:
-        self.clock = HandClock()
-        self.store = MemoryStore(clock=self.clock)
-        self.seed = seed
-        self.story: Story
-
-    async def begin(self, segments: int = 40) -> Scene:
-        await self.store.ensure_container()
-        self.story = Story(self.store, self.seed, tick_ns=2 * MINUTE)
-        await self.live(segments)
-        return self
-
-    @property
-    def builder(self) -> LogBuilder:
-        return self.story.builder
-
-    async def live(self, segments: int, *, every: int = 2) -> None:
-        """Time goes on, and the index with it."""
-        self.builder.time_ns = max(self.builder.time_ns, self.clock.ns)
-        await self.story.go_on(segments)
-        await self.story.end_gap()
-        self.clock.ns = self.builder.time_ns
-        stored = Stored(self.builder.number - 1, self.builder.sequence - 1, self.builder.previous)
-        await make_index(self.builder.log, clock=self.clock, random=self.bytes, stored=stored, every=every)
-
-    def bytes(self, count: int) -> bytes:
-        self.seed += 1
-        return random.Random(self.seed).randbytes(count)
-
-    def folder(self) -> Folder:
-        return Folder(self.builder.log, POLICY, clock=self.clock, random=self.bytes)
-
-    async def fold(self) -> Folded:
-        """One run; the next one may sweep what this one gives up."""
-        done = await self.folder().run()
-        self.clock.ns += GRACE_SECONDS * NS
-        return done
-
-    async def current(self) -> Fold:
-        return (await open_index(self.store, self.builder.machine_id, {1: self.builder.key})).fold
-
-    async def written_bytes(self) -> int:
-        blobs = await self.store.list(f"machines/{self.builder.machine_id}/log/")
-        return sum([length for blob in blobs for _, length in await self.store.page_ranges(blob.name)])
-
-    async def check(self) -> None:
-        """Every point that is offered gives the bytes that the machine had; all else is refused, with what there is."""
-        fold, builder = await self.current(), self.builder
-        kept = {item.checkpoint.first for item in fold.kept}
-        for sequence in {*kept, *[each for each in self.story.offered if each >= fold.floor_sequence][::3]}:
-            state = await locate(builder.log, AtSequence(sequence))
-            assert await contents(View(builder.log, state)) == builder.expected[sequence], sequence
-        latest = await locate(builder.log, Latest(), stored_number=builder.number - 1, stored_digest=builder.previous)
-        assert latest.place.sequence == self.story.offered[-1]
-        given_up = [each for each in self.story.offered if each < fold.floor_sequence and each not in kept]
-        for sequence in given_up[:: max(len(given_up) // 5, 1)]:
-            with pytest.raises(PermanentError, match=r"given up by retention|lies in a gap") as refused:
-                await locate(builder.log, AtSequence(sequence))
-            assert "any instant from" in refused.value.hint
-        report = await verify(builder.log, stored_number=builder.number - 1, stored_digest=builder.previous)
-        assert report.problems == []
-        tail = await sound_tail(LogReader(self.store, builder.machine_id, {1: builder.key}), Stored())
-        assert (tail.number, tail.digest) == (builder.number - 1, builder.previous)
-
+from tests.recovery.scene import MINUTE, NS, POLICY, Scene
 
 # --- the plan ---
 
@@ -175,6 +81,16 @@ def test_rules_that_would_miss_what_they_gave_up_are_refused() -> None:
     for rules in ((Rule(5 * MINUTE, MINUTE),), (Rule(60 * MINUTE, 7 * MINUTE), Rule(90 * MINUTE, 10 * MINUTE))):
         with pytest.raises(PermanentError, match="does not follow"):
             Policy(10 * MINUTE, rules)
+
+
+def test_a_machine_that_is_silent_keeps_its_past_whatever_the_clock_says() -> None:
+    whole = [_checkpoint(sequence, START_NS + sequence * MINUTE) for sequence in range(1, 40)]
+    history = History()
+    history.latest_ns = START_NS + 40 * MINUTE
+    in_time = plan_fold(POLICY, history.latest_ns, Fold(), whole, history)
+    years_later = plan_fold(POLICY, history.latest_ns + 10**18, Fold(), whole, history)
+    assert in_time is not None
+    assert years_later == in_time
 
 
 # --- folding ---

@@ -35,6 +35,7 @@ from replicar.errors import CorruptionError
 from replicar.formats.frame import SECTOR_BYTES, Kind
 from replicar.fuse import protocol
 from replicar.fuse.protocol import FILE, SILENT, Opcode, Request, Tree
+from replicar.observe.logs import fields
 
 #: Requests carried out before others on the event loop have their turn.
 BATCH: Final = 64
@@ -142,7 +143,13 @@ class FuseFront:
                 if error.errno in (errno.ENOENT, errno.EINTR):
                     continue  # the request was taken back
                 if not self._is_ending:
-                    _log.error("disk %s is no longer shown at %s: %s", self._disk.name, self.file, error.strerror)
+                    _log.error(
+                        "disk %s is no longer shown at %s: %s",
+                        self._disk.name,
+                        self.file,
+                        error.strerror,
+                        extra=fields(disk=self._disk.name),
+                    )
                 self._loop.remove_reader(self._fd)
                 return
             self._take(self._received[:count])
@@ -262,7 +269,13 @@ class FuseFront:
         try:
             content = self._disk.read(offset, length) if length else b""
         except OSError as error:
-            _log.error("disk %s can't be read at %d: %s", self._disk.name, offset, error)
+            _log.error(
+                "disk %s can't be read at %d: %s",
+                self._disk.name,
+                offset,
+                error,
+                extra=fields(disk=self._disk.name, offset=offset),
+            )
             self._send(protocol.refusal(unique, errno.EIO))
             return
         self._send(protocol.answer_head(unique, length), content)

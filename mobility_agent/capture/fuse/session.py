@@ -22,6 +22,7 @@ from pathlib import Path
 from mobility_agent.capture.fuse.keeper import Keeper
 from replicar.errors import PermanentError
 from replicar.fuse import mount, protocol
+from replicar.observe.logs import fields
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,12 @@ class Session:
         mount.check(self._disk, self._file)
         kept = self._keeper.ask()
         if kept is not None and kept.directory == self._file.parent and _resumes(kept.fd):
-            _log.info("disk %s: %s is taken over as it is, with its users", self._disk, self._file)
+            _log.info(
+                "disk %s: %s is taken over as it is, with its users",
+                self._disk,
+                self._file,
+                extra=fields(disk=self._disk),
+            )
             self.fd = kept.fd
             with suppress(FileNotFoundError):  # nobody has looked at it yet
                 os.write(self.fd, protocol.forget_attributes())  # the disk may have grown meanwhile

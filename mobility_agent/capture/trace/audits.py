@@ -35,6 +35,7 @@ from mobility_agent.capture.trace.copier import to_the_end
 from mobility_agent.capture.trace.tracked import TrackedDisk
 from mobility_agent.ladder import Ladder
 from replicar.clock import Clock
+from replicar.observe.logs import fields
 
 #: Chunks held, or to be read again: 4 GiB of disk between two points, and half a megabyte of AUDITs at one.
 MAX_HELD: Final = 4096
@@ -161,7 +162,12 @@ class PointAuditor(Auditor):
                 return True
             (digest,) = await to_the_end(asyncio.to_thread(self._read_all, [(disk, offset, length)]))
             if digest is None:
-                _log.warning("disk %s can't be read for its audit at %d", disk.name, offset)
+                _log.warning(
+                    "disk %s can't be read for its audit at %d",
+                    disk.name,
+                    offset,
+                    extra=fields(disk=disk.name, offset=offset),
+                )
                 return False
             self._held.append(_Held(disk, offset, length, digest, expected, is_last=False))
             return True

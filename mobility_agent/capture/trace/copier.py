@@ -23,6 +23,7 @@ from mobility_agent.digests import CHUNK_BYTES, Rows
 from mobility_agent.ladder import Ladder
 from replicar.clock import Clock
 from replicar.formats.frame import Kind
+from replicar.observe.logs import fields
 
 #: One batch: read on another thread, then logged.
 BATCH_BYTES: Final = 4 << 20
@@ -100,7 +101,7 @@ class Copier:
             pieces = zip(self._pieces(taken), rows, strict=True)
             done = all(self._append_differing(disk, *piece, of) for piece, of in pieces)
         except OSError as error:
-            _log.error("disk %s can't be read: %s", disk.name, error)
+            _log.error("disk %s can't be read: %s", disk.name, error, extra=fields(disk=disk.name))
             await self._clock.sleep(_FAILURE_SECONDS)
         finally:
             if done:

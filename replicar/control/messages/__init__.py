@@ -39,6 +39,7 @@ from replicar.control.messages.agent import (
     HoldReport,
     MarkReport,
 )
+from replicar.control.messages.events import Event, EventKind, Health
 from replicar.control.messages.jobs import (
     LEASE_SECONDS,
     MAX_CLAIMS,
@@ -124,6 +125,18 @@ from replicar.control.messages.server import (
     ProcessServerHeartbeat,
     ProcessServerInstructions,
 )
+from replicar.control.messages.upkeep import (
+    MAX_KEPT,
+    UPKEEP_LEASE_SECONDS,
+    KeptState,
+    Retention,
+    UpkeepClaim,
+    UpkeepKind,
+    UpkeepReceipt,
+    UpkeepRenewal,
+    UpkeepReport,
+    UpkeepTask,
+)
 
 __all__ = [
     "API_PREFIX",
@@ -138,6 +151,7 @@ __all__ = [
     "MAX_DRILLS",
     "MAX_ENDED_JOBS",
     "MAX_ERRORS",
+    "MAX_KEPT",
     "MAX_OPERATOR_WAIT_SECONDS",
     "MAX_OPTIONS",
     "MAX_POLICY_VERSIONS",
@@ -150,6 +164,7 @@ __all__ = [
     "MAX_WAIT_SECONDS",
     "STORAGE",
     "TOKEN_ROLES",
+    "UPKEEP_LEASE_SECONDS",
     "AgentAssignment",
     "AgentHeartbeat",
     "AgentInstructions",
@@ -168,12 +183,15 @@ __all__ = [
     "DiskReport",
     "Drill",
     "DrillList",
+    "Event",
+    "EventKind",
     "FormerKey",
     "GapReport",
     "GroupMember",
     "GroupPoint",
     "GroupRequest",
     "GroupVerdict",
+    "Health",
     "HealthSignal",
     "HoldReport",
     "HoldRequest",
@@ -188,6 +206,7 @@ __all__ = [
     "JobRequest",
     "JobState",
     "JobStep",
+    "KeptState",
     "LifeState",
     "MachineHold",
     "MachineKey",
@@ -213,6 +232,7 @@ __all__ = [
     "ProcessServerHeartbeat",
     "ProcessServerInstructions",
     "ProcessServerSummary",
+    "Retention",
     "RetentionTier",
     "StepReport",
     "TargetChange",
@@ -220,5 +240,11 @@ __all__ = [
     "Token",
     "TokenList",
     "TokenRequest",
+    "UpkeepClaim",
+    "UpkeepKind",
+    "UpkeepReceipt",
+    "UpkeepRenewal",
+    "UpkeepReport",
+    "UpkeepTask",
     "VaultStatus",
 ]

@@ -12,6 +12,7 @@ from replicar.control.messages.agent import AuditReport, DiskReport, GapReport
 from replicar.control.messages.jobs import LifeState
 from replicar.control.messages.limits import MAX_OPERATOR_WAIT_SECONDS, MAX_WAIT_SECONDS
 from replicar.control.messages.server import FormerKey, HealthSignal, WithDataKey
+from replicar.control.messages.upkeep import Retention
 from replicar.formats.record import Consistency
 from replicar.signals import Level
 
@@ -23,6 +24,8 @@ class MachineSummary(Message):
     decided that. `errors`: what is in the way of storing what changes on it, by whom it was reported; `storing` is
     False while a machine that is protected has any. In transit: `source_bytes` are in its change log and not stored,
     `pending_bytes` of those are in its process server. Nothing is in transit behind that: recovery reads the log.
+    `rpo_seconds` is the agent's measurement; `server_rpo_seconds` its process server's, of what that has received.
+    `signals`: its health, worst of which is `health`; empty while nothing of it is replicated.
     """
 
     id: uuid.UUID
@@ -56,6 +59,9 @@ class MachineSummary(Message):
     life_since_ns: Count = 0
     source_bytes: Count = 0
     pending_bytes: Count = 0
+    server_rpo_seconds: Seconds | None = None
+    health: Level = Level.HEALTHY
+    signals: tuple[HealthSignal, ...] = ()
 
     @property
     def seed_done_bytes(self) -> int:
@@ -86,7 +92,7 @@ class ProcessServerSummary(Message):
 
 
 class VaultStatus(Message):
-    """GET /v1/status: the vault at a glance."""
+    """GET /v1/status: the vault at a glance. `errors`: what the config server itself fails at, by part."""
 
     vault: Name
     vault_id: uuid.UUID
@@ -95,6 +101,7 @@ class VaultStatus(Message):
     authority_expires_ns: Count
     machines: tuple[MachineSummary, ...]
     process_servers: tuple[ProcessServerSummary, ...]
+    errors: tuple[ErrorReport, ...] = ()
 
 
 class Point(Message):
@@ -120,6 +127,9 @@ class PointList(Message):
     The window goes from `ordered_from` to `stored_sequence`, and in time at least to `ordered_until_ns` (inclusive).
     Both are None while storage does not hold a window of the present incarnation. `errors` as in `MachineSummary`.
     `truncated` says that older named points were left out of this reply (they are still there).
+
+    `retention`: what is left in front of the window, named or not; None while nothing was given up. `thinned`: named
+    points that it gave up, newest first; they are offered no more.
     """
 
     machine_id: uuid.UUID
@@ -131,6 +141,8 @@ class PointList(Message):
     truncated: bool = False
     ordered_until_ns: Count | None = None
     errors: tuple[ErrorReport, ...] = ()
+    retention: Retention | None = None
+    thinned: tuple[Point, ...] = ()
 
 
 class MarkRequest(Message):

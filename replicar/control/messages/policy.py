@@ -133,7 +133,7 @@ class PointSchedule(Message):
 class Alert(Message):
     """Something that an operator should know of a machine, since when, and until when (None: still).
 
-    `code` is stable: `rpo-exceeded`.
+    `code` is stable: `rpo-exceeded`; `fold-failing`, `fold-overdue`, `replica-failing`, `replica-overdue` of upkeep.
     """
 
     number: Count

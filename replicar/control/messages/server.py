@@ -26,7 +26,8 @@ class MachineProgress(Message):
 
     The bytes are counted from zero since whatever `counted_since` names (any text, another one for every beginning), so
     that a restart is told from a repetition; without it, only a number lower than before is known for a restart.
-    `pending_bytes` are received and not stored yet.
+    `pending_bytes` are received and not stored yet; `rpo_seconds` is the age of the oldest change among them by its
+    capture, 0 when all are stored, None where that is not known.
     """
 
     machine_id: uuid.UUID
@@ -36,6 +37,7 @@ class MachineProgress(Message):
     stored_digest: Digest = ""
     counted_since: Annotated[str, StringConstraints(max_length=64)] = ""
     pending_bytes: Count = 0
+    rpo_seconds: Seconds | None = None
     bytes_received: Count = 0
     bytes_stored: Count = 0
 

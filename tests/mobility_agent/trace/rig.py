@@ -28,6 +28,7 @@ from mobility_agent.capture.trace.freeze import Freeze, thaw_all
 from mobility_agent.capture.trace.stage import Stage
 from mobility_agent.capture.trace.tracked import BlockDevice, TrackedDisk
 from mobility_agent.changelog import ChangeLog
+from mobility_agent.digests import Digests
 from mobility_agent.ladder import Ladder
 from mobility_agent.regions import DirtyRegions
 from mobility_agent.touched import TouchedRegions
@@ -39,6 +40,8 @@ from tests.support.tools import need
 
 #: The smallest that the file system takes.
 SIZES = {"ext4": 96 * MIB, "xfs": 320 * MIB}
+BOOT_ID = b"boot".ljust(16)
+FEED_SECONDS = 0.05
 
 
 def run(*command: str | Path) -> str:
@@ -72,14 +75,22 @@ def _unmount(mountpoint: Path) -> None:
 @contextmanager
 def loop_disk(directory: Path, name: str, *, filesystem: str = "", size_bytes: int = 0) -> Iterator[LoopDisk]:
     """A loop device with direct I/O, and a mounted file system if one is named."""
-    image, mountpoint = directory / f"{name}.img", directory / f"{name}.mnt"
+    image = directory / f"{name}.img"
     with image.open("wb") as file:
         file.truncate(size_bytes or SIZES[filesystem])
+    with attached(image, directory / f"{name}.mnt", filesystem=filesystem) as disk:
+        yield disk
+
+
+@contextmanager
+def attached(image: Path, mountpoint: Path, *, filesystem: str = "", make: bool = True) -> Iterator[LoopDisk]:
+    """The same over an image that is there; `make` says whether its file system is."""
     device = Path(run("losetup", "-f", "--show", "--direct-io=on", image))
     with ExitStack() as closing:
         closing.callback(run, "losetup", "-d", device)
         if filesystem:
-            run(need(f"mkfs.{filesystem}"), *(["-q"] if filesystem == "xfs" else ["-q", "-F"]), device)
+            if make:
+                run(need(f"mkfs.{filesystem}"), *(["-q"] if filesystem == "xfs" else ["-q", "-F"]), device)
             mountpoint.mkdir()
             run("mount", device, mountpoint)
             closing.callback(_unmount, mountpoint)
@@ -118,8 +129,10 @@ class Replica:
         """Take in everything up to the sequence `until`."""
         self.log.seal()
         for item in frames_of(self.log, self.next_sequence):
-            if item.header.first_sequence > until:
+            first = item.header.first_sequence
+            if first > until:
                 break
+            assert first == self.next_sequence or (first > self.next_sequence and frame.begins_anew(item.table))
             self._take(item)
             self.next_sequence = item.header.next_sequence
         self.log.trim(self.next_sequence - 1)
@@ -192,15 +205,22 @@ async def tracing(
     discard_ranges: bool = False,
     stage: WitnessStage | None = None,
     audit_rate: int = 1 << 40,
+    replica: Replica | None = None,
+    boot_id: bytes = BOOT_ID,
+    feed_seconds: float = FEED_SECONDS,
 ) -> AsyncIterator[Rig]:
     """Trace these disks; the budget is large by default, since the witness reads the whole image in it.
 
     Args:
+        directory: of the agent's state, kept over calls.
         audit_rate: of the audits, which run only where a story makes them.
+        replica: what an earlier agent of this machine fed; by default one that has nothing, and garbage for disks.
+        boot_id: of the machine's last start.
+        feed_seconds: how often the replica takes what there is.
     """
     source = source or open_source(method, discard_ranges=discard_ranges)
     stage = stage or WitnessStage([loop.image for loop in loops])
-    log = open_log(directory / "log", limit_bytes=128 * MIB)
+    log = open_log(directory / "log", limit_bytes=128 * MIB, boot_id=boot_id)
     with ExitStack() as closing:
         closing.callback(log.abandon)
         disks = []
@@ -210,13 +230,17 @@ async def tracing(
             disk.follow(DirtyRegions(directory / f"{index}.regions", disk.size_bytes))
             closing.callback(disk.regions.close)
             disks.append(disk)
-        touched = {}
+        touched, digests = {}, {}
         for disk in disks:
             touched[disk.index] = TouchedRegions(directory / f"{disk.index}.touched", disk.size_bytes)
             closing.callback(touched[disk.index].close)
-        ladder = Ladder(log, disks, {disk.index: disk.regions for disk in disks}, touched)
+            digests[disk.index] = Digests(directory / f"{disk.index}.digests", disk.size_bytes)
+            closing.callback(digests[disk.index].close)
+        ladder = Ladder(log, disks, {disk.index: disk.regions for disk in disks}, touched, digests)
         ladder.start()
-        replica = Replica(log, [bytearray(os.urandom(4096) * (disk.size_bytes // 4096)) for disk in disks])
+        if replica is None:
+            replica = Replica(log, [bytearray(os.urandom(4096) * (disk.size_bytes // 4096)) for disk in disks])
+        replica.log = log
         clock = SystemClock()
         audits = PointAuditor(ladder, clock, directory / "audit.json", bytes_per_second=audit_rate)
         capture = TraceCapture(
@@ -224,7 +248,7 @@ async def tracing(
         )
         async with capture:
             running = asyncio.create_task(capture.run())
-            feeding = asyncio.create_task(_feed(replica))
+            feeding = asyncio.create_task(_feed(replica, feed_seconds))
             try:
                 yield Rig(loops, disks, log, ladder, source, stage, capture, replica, audits)
             finally:
@@ -236,11 +260,11 @@ async def tracing(
                 raise result if isinstance(result, BaseException) else AssertionError("a task ended")
 
 
-async def _feed(replica: Replica) -> None:
+async def _feed(replica: Replica, every_seconds: float) -> None:
     """Take the log's frames as a sender would, so that it does not fill up."""
     while True:
         replica.feed(replica.log.next_sequence)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(every_seconds)
 
 
 class Churn:
@@ -309,10 +333,15 @@ while True:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it; a second time it is nothing, for the numbers of processes are given again."""
+        processes, self._processes = self._processes, []
+        for process in processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with what it started
-        for process in self._processes:
+        for process in processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
 

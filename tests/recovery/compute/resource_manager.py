@@ -2,11 +2,13 @@
 
 It keeps resources as they are put, by path, over HTTPS, and answers as the reference of its REST API says: 200 with
 the resource, 404 with an error object, long operations by `Azure-AsyncOperation`. What a test wants to go wrong it puts
-into `troubles`. It knows nothing of what Azure would refuse.
+into `troubles`; with `hold_at` it carries the so-manieth request out and never answers it. It knows nothing of what
+Azure would refuse.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
 from collections import defaultdict
@@ -34,6 +36,9 @@ class ResourceManager:
         self.troubles: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
         self.console = b""
         self.power = "PowerState/running"
+        self.hold_at = 0
+        self.held = asyncio.Event()
+        self._ended = asyncio.Event()
         self._polls = 0
 
     async def __aenter__(self) -> ResourceManager:
@@ -46,14 +51,22 @@ class ResourceManager:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._ended.set()
         await self._runner.cleanup()
 
     def paths(self, kind: str) -> list[str]:
         return sorted(path for path in self.resources if f"/{kind}/" in path)
 
     async def _answer(self, request: web.Request) -> web.Response:
-        path, method = request.path, request.method
-        self.requests.append((method, path))
+        self.requests.append((request.method, request.path))
+        holds = len(self.requests) == self.hold_at
+        answer = await self._answered(request, request.method, request.path)
+        if holds:
+            self.held.set()
+            await self._ended.wait()
+        return answer
+
+    async def _answered(self, request: web.Request, method: str, path: str) -> web.Response:
         if path == "/console":
             return web.Response(body=self.console)
         if path == "/screen":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Awaitable, Callable
 
@@ -11,9 +12,10 @@ import pytest
 from recovery.extents import ExtentMap, Ints
 from recovery.points import Named
 from recovery.replica.journal import Phase
-from recovery.replica.warm import WarmReplica, between, joined, read_journal
+from recovery.replica.ranges import between, joined
+from recovery.replica.warm import FILL_BYTES, WarmReplica, read_journal
 from replicar.clock import SystemClock
-from replicar.errors import ConflictError, FencedError, PermanentError, TransientError
+from replicar.errors import ConflictError, CorruptionError, FencedError, PermanentError, TransientError
 from replicar.formats import vhd
 from replicar.formats.record import DiskAction
 from replicar.storage import MemoryStore
@@ -93,8 +95,8 @@ async def builder(store: Weather) -> LogBuilder:
     return LogBuilder(store)
 
 
-def replica(builder: LogBuilder) -> WarmReplica:
-    return WarmReplica(builder.log, builder.store, clock=SystemClock())
+def replica(builder: LogBuilder, *, fill_bytes: int = FILL_BYTES) -> WarmReplica:
+    return WarmReplica(builder.log, builder.store, clock=SystemClock(), random=os.urandom, fill_bytes=fill_bytes)
 
 
 async def busy(builder: LogBuilder, random_: random.Random, segments: int = 1, *, sectors: int = 700) -> None:
@@ -214,13 +216,14 @@ async def test_killed_at_any_write_it_goes_on_to_a_point_and_late_writes_do_no_h
     random_ = random.Random(seed)
     store.random = random.Random(seed + 1000)
     store.lost_share = random_.choice((0.0, 0.3))
+    fill_bytes = random_.choice((FILL_BYTES, 100 * SECTOR))
     hot = 12  # so that what lands late lands on what was written since
     builder.begin(*SIZES)
     await busy(builder, random_, 3, sectors=hot)
     for _ in range(5):
         store.life = random_.randrange(0, 20)
         try:
-            async with replica(builder) as it:
+            async with replica(builder, fill_bytes=fill_bytes) as it:
                 for _ in range(3):
                     await it.advance()
                     await check(builder, builder.sequence - 1)
@@ -235,11 +238,65 @@ async def test_killed_at_any_write_it_goes_on_to_a_point_and_late_writes_do_no_h
         said = await read_journal(builder.log, store)
         if said is not None and said.phase is Phase.APPLIED:  # then the blobs hold that, whoever died meanwhile
             await check(builder, said.sequence)
-    async with replica(builder) as it:
+    async with replica(builder, fill_bytes=fill_bytes) as it:
         await it.advance()
         while store.late:
             await store.let_land()
         await check(builder, builder.sequence - 1)
+
+
+async def test_a_fill_that_was_killed_goes_on_where_it_was_and_then_follows(
+    builder: LogBuilder, store: Weather
+) -> None:
+    builder.begin(*SIZES)
+    for disk, size in enumerate(SIZES):
+        builder.write(disk, 0, random.Random(disk).randbytes(size))
+    await builder.seal()
+    part = 100 * SECTOR
+    for life in (8, 8):  # a journal's record and a part of a disk at a time
+        store.life = life
+        with pytest.raises(KilledError):
+            async with replica(builder, fill_bytes=part) as it:
+                await it.advance()
+    store.life = -1
+    said = await read_journal(builder.log, store)
+    assert said is not None
+    assert said.filled is not None
+    done = sum(said.filled.values())
+    assert 3 * part <= done < sum(SIZES)
+    await busy(builder, random.Random(1))
+    async with replica(builder, fill_bytes=part) as it:
+        finished = await it.advance()
+    assert finished.full
+    assert finished.written_bytes <= sum(SIZES) - done + 100 * SECTOR
+    assert finished.sequence == builder.sequence - 1
+    await check(builder, builder.sequence - 1)
+
+
+async def test_a_fill_whose_point_was_given_up_begins_anew(builder: LogBuilder, store: Weather) -> None:
+    builder.begin(*SIZES)
+    builder.write(0, 0, b"\7" * 300 * SECTOR)
+    await builder.seal()
+    store.life = 7
+    with pytest.raises(KilledError):
+        async with replica(builder, fill_bytes=100 * SECTOR) as it:
+            await it.advance()
+    store.life = -1
+    builder.disk(1, "disk1", 120 * SECTOR)
+    builder.write(1, 100 * SECTOR, b"\1" * SECTOR)
+    await builder.seal()
+    async with replica(builder, fill_bytes=100 * SECTOR) as it:
+        assert (await it.advance()).full
+    await check(builder, builder.sequence - 1)
+
+
+async def test_a_log_that_was_put_back_is_not_what_a_replica_follows(builder: LogBuilder) -> None:
+    builder.begin(*SIZES)
+    await builder.seal()
+    async with replica(builder) as it:
+        await it.advance(stored_number=1, stored_digest=builder.previous)
+        with pytest.raises(CorruptionError):
+            await it.advance(stored_number=2, stored_digest=builder.previous)
 
 
 async def test_before_there_is_a_point_it_says_so(builder: LogBuilder) -> None:
