@@ -4,6 +4,8 @@
     replicar-simulate --seed 5017 --trace                one of them again, line by line, exactly as it was
     replicar-simulate --seed 5017 --shrink               the shortest story that fails in the same way
     replicar-simulate --story story.json                 one that was kept in a file (`stories`)
+    replicar-simulate --seed 7 --trace-file hm_0.csv --format msr --speed 10
+                                                         a seed's faults while disks are used as in a trace (`traces`)
 
 The exit status is 0 only if no promise was broken.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -23,12 +26,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from replicar.errors import ReplicarError
 from simulator import stories
 from simulator.faults.catalogue import CATALOGUE
 from simulator.planted import PLANTED, planted
 from simulator.shrinking import shrink
 from simulator.simulation import Outcome, simulate
-from simulator.story import story_of
+from simulator.story import Story, story_of
+from simulator.traces.replay import Format
+from simulator.traces.retold import with_trace
 
 #: Seeds that a worker gets at once: enough that handing them out costs nothing, few enough to end together.
 BATCH: Final = 5
@@ -94,7 +100,10 @@ def _tell_all(seeds: list[int], bug: str | None) -> list[Outcome]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.trace_file is not None and (options.seed is None or options.format is None):
+        parser.error("--trace-file needs --seed and --format")
     if options.seed is not None or options.story is not None:
         return _one(options)
     summary, began = Summary(), time.monotonic()
@@ -123,10 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one(options: argparse.Namespace) -> int:
-    if options.story is not None:
-        story = stories.load(options.story).story
-    else:
-        story = story_of(options.seed) if options.plant is None else PLANTED[options.plant].story(options.seed)
+    try:
+        story = _story(options)
+    except ReplicarError as error:
+        print(f"replicar-simulate: {error}", file=sys.stderr)
+        return error.exit_status
     with planted(options.plant):
         outcome = simulate(story)
         if options.shrink and outcome.violations:
@@ -144,6 +154,22 @@ def _one(options: argparse.Namespace) -> int:
     return 1 if outcome.violations else 0
 
 
+def _story(options: argparse.Namespace) -> Story:
+    if options.story is not None:
+        return stories.load(options.story).story
+    story = story_of(options.seed) if options.plant is None else PLANTED[options.plant].story(options.seed)
+    if options.trace_file is not None:
+        story = with_trace(story, options.trace_file, Format(options.format), options.speed)
+    return story
+
+
+def _speed(text: str) -> float:
+    speed = float(text)
+    if not (math.isfinite(speed) and speed > 0):
+        raise argparse.ArgumentTypeError("a speed is a number above 0")
+    return speed
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="replicar-simulate",
@@ -157,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace", action="store_true", help="with --seed: print what happened")
     parser.add_argument("--shrink", action="store_true", help="with --seed: cut it short as long as it fails")
     parser.add_argument("--story", type=Path, help="tell the story in this file")
+    parser.add_argument("--trace-file", type=Path, help="with --seed: use its disks as this trace says")
+    parser.add_argument("--format", choices=[each.value for each in Format], help="of --trace-file")
+    parser.add_argument("--speed", type=_speed, default=1.0, help="of --trace-file: 2 is twice as fast (default 1)")
     parser.add_argument("--save", type=Path, help="with --seed: write the story, as it was cut short, to this file")
     parser.add_argument("--plant", choices=sorted(PLANTED), help="put a known bug into the product, to see it found")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -18,6 +18,8 @@ from typing import Any
 from replicar.errors import PermanentError
 from simulator.faults.catalogue import CATALOGUE, Fault
 from simulator.story import DiskPlan, Story
+from simulator.traces import record
+from simulator.traces.replay import Replay
 from simulator.workloads import Kind, Workload
 from simulator.world.parts import AgentPlan, ServerPlan
 
@@ -72,5 +74,11 @@ def _story(data: dict[str, Any]) -> Story:
 
 
 def _disk(data: dict[str, Any]) -> DiskPlan:
-    workload = data["workload"]
-    return DiskPlan(**{**data, "workload": Workload(**{**workload, "kind": Kind(workload["kind"])})})
+    return DiskPlan(**{**data, "workload": _workload(data["workload"])})
+
+
+def _workload(data: dict[str, Any]) -> Workload | Replay:
+    if "records" not in data:
+        return Workload(**{**data, "kind": Kind(data["kind"])})
+    records = tuple(record.Record(**{**each, "kind": record.Kind(each["kind"])}) for each in data["records"])
+    return Replay(**{**data, "records": records})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from simulator.faults.catalogue import CATALOGUE, Fault
+from simulator.traces.replay import Replay
 from simulator.workloads import Kind, Workload
 from simulator.world.parts import AgentPlan, ServerPlan
 
@@ -31,7 +32,7 @@ class DiskPlan:
     name: str
     size_bytes: int
     filled_share: float
-    workload: Workload
+    workload: Workload | Replay
 
 
 @dataclass(frozen=True, slots=True)

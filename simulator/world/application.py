@@ -15,6 +15,7 @@ from typing import Final
 from replicar.clock import Clock
 from replicar.errors import PermanentError, TransientError
 from replicar.nbd.client import NbdClient
+from simulator.traces.replay import Replay
 from simulator.workload import SECTOR_BYTES, Action, Operation
 from simulator.workloads import Workload
 from simulator.world.parts import NBD_PORT
@@ -61,7 +62,7 @@ class Application:
         disk: str,
         number: int,
         truth: Truth,
-        workload: Workload,
+        workload: Workload | Replay,
         numbers: Numbers,
         clock: Clock,
         sequence: Callable[[], int],
