@@ -22,10 +22,9 @@ import zstandard
 
 from bench.measure import cores, own_cpu
 from bench.sealed import SealedLog
-from recovery.files import in_thread
-from recovery.output import FILE_HOLE_BYTES, write_pieces
+from recovery.output import copy_to_file
 from recovery.points import Latest, locate
-from recovery.view import Piece, View
+from recovery.view import View
 from replicar.formats import cipher, segment
 from replicar.log.reader import LogReader, Segment
 
@@ -65,18 +64,12 @@ async def materialise(made: SealedLog, *, rounds: int = DEFAULT_ROUNDS) -> dict[
 
 async def _ours(made: SealedLog) -> tuple[_Side, int]:
     view = View(made.log, await locate(made.log, Latest(), stored_number=made.segments))
-    disk, written = view.disks[0], 0
+    disk = view.disks[0]
     file = os.memfd_create("ours")
-
-    async def sink(batch: Sequence[Piece]) -> None:
-        nonlocal written
-        count = await in_thread(write_pieces, file, batch)
-        written += count
-
     try:
         os.ftruncate(file, disk.size_bytes)
         before, began = own_cpu(), time.perf_counter()
-        await view.copy(disk, sink, hole_bytes=FILE_HOLE_BYTES)
+        written = await copy_to_file(view, disk, file)
         return _Side(time.perf_counter() - began, (own_cpu() - before).total), written
     finally:
         os.close(file)

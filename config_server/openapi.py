@@ -28,6 +28,15 @@ _ERROR: Final = {
     "required": ["error", "message", "hint"],
     "additionalProperties": True,
 }
+_TEXT: Final = {"type": "string"}
+_FLAG: Final = {"type": "string", "enum": ["yes", "no"]}
+#: What a name in a query may hold, where that is not any text.
+_QUERIES: Final = {
+    "going": _FLAG,
+    "lasting": _FLAG,
+    "wait": {"type": "string", "enum": ["", "stored"]},
+    "before": {"type": "string", "pattern": "^[0-9]{1,18}$"},
+}
 _ABOUT: Final = """The API of a Replicar config server. The vault's own authority vouches for the server, whose name is
 `config-server.replicar`; callers show a certificate of that authority, or a bearer token."""
 
@@ -77,8 +86,8 @@ def _operation(route: Route, references: dict[Any, Any]) -> dict[str, Any]:
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"\{(\w+)\}", route.path)
     ]
-    parameters += [{"name": name, "in": "query", "schema": {"type": "string"}} for name in route.query]
-    parameters += [{"name": name, "in": "header", "schema": {"type": "string"}} for name in route.headers]
+    parameters += [{"name": name, "in": "query", "schema": _QUERIES.get(name, _TEXT)} for name in route.query]
+    parameters += [{"name": name, "in": "header", "schema": _TEXT} for name in route.headers]
     media = MEDIA_TYPE if route.streams else "application/json"
     operation: dict[str, Any] = {
         "operationId": _identifier(route),

@@ -56,6 +56,11 @@ class LogFile:
     def first_sequence(self) -> int:
         return self.header.first_sequence
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no frame."""
+        return self.next_sequence == self.first_sequence
+
     @classmethod
     def create(
         cls,

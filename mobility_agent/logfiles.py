@@ -26,6 +26,8 @@ _MAPPED_SPARES: Final = 4
 TAKE_BYTES: Final = 1 << 20
 
 _PREFIX: Final = "changes-"
+#: No sequence: nothing follows a file that was set aside.
+_NOTHING: Final = -1
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ class LogFiles:
         for pattern in ("*.spare", "*.new", "*.damaged"):
             for path in self._directory.glob(pattern):
                 path.unlink()
-        damaged_from: int | None = None
+        damaged: list[int] = []
         for path in sorted(self._directory.glob("*.hrl")):
             named = _first_of(path)
             try:
@@ -117,7 +119,7 @@ class LogFiles:
             except CorruptionError as error:
                 _log.error("the change log %s is set aside: %s", path, error.message)
                 os.replace(path, path.with_suffix(".damaged"))
-                damaged_from = named if damaged_from is None else min(named, damaged_from)
+                damaged.append(named)
                 continue
             if file.header.machine_id != self._machine_id:
                 raise ConflictError(
@@ -129,11 +131,40 @@ class LogFiles:
             if found.torn is not None:
                 _log.error("the change log %s is damaged at byte %d: %s", path, found.end_offset, found.torn)
                 self._torn.append(file)
-                damaged_from = min(found.next_sequence, found.next_sequence if damaged_from is None else damaged_from)
+                damaged.append(found.next_sequence)
             self._files.append(file)
         self._files = deque(sorted(self._files, key=lambda file: file.first_sequence))
         reached = max((file.next_sequence for file in self._files), default=0)
-        return Recovered(reached, damaged_from, self._last_time_ns())
+        damaged += self._set_aside_behind_holes(damaged)
+        return Recovered(reached, min(damaged, default=None), self._last_time_ns())
+
+    def _set_aside_behind_holes(self, damaged: list[int]) -> list[int]:
+        """Set aside the files that do not follow what is left before them: nobody could take them.
+
+        A power cut may leave a later file and not the end of the one before. No sync was over since that end was
+        captured, so what the later one holds lies in regions that are touched still.
+
+        Returns:
+            Where something is missing.
+        """
+        kept, missing, wanted = deque[LogFile](), list[int](), None
+        for file in self._files:
+            lost = [at for at in damaged if (kept[-1].next_sequence if kept else 0) <= at < file.first_sequence]
+            follows = not lost and (wanted is None or file.first_sequence == wanted)
+            if follows or file.is_empty or frame.may_begin_anew(file.first_sequence):
+                kept.append(file)
+                wanted = file.next_sequence
+                continue
+            _log.error("the change log %s is set aside: what comes before it is not there", file.path)
+            if wanted is not None and wanted != _NOTHING:  # else that is known already
+                missing.append(wanted)
+            if file in self._torn:
+                self._torn.remove(file)
+            file.close()
+            os.replace(file.path, file.path.with_suffix(".damaged"))
+            wanted = _NOTHING
+        self._files = kept
+        return missing
 
     def forget_damage(self) -> None:
         """The damage that `recover` found was taken note of, durably: do not find it again."""
@@ -147,7 +178,7 @@ class LogFiles:
         Where numbers were skipped (after a power cut), the next frame there is.
         """
         for file in self._files:
-            if sequence < file.next_sequence:
+            if sequence < file.next_sequence and not file.is_empty:
                 return file.frames_from(max(sequence, file.first_sequence), most_bytes)
         return None
 

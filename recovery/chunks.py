@@ -3,14 +3,16 @@
 A request to storage costs about as much as 100 KiB of data, so chunks that lie close together come in one ranged read,
 holes between them included. Opening them is work for a thread (AES-GCM and zstd release the interpreter's lock).
 
-At most FETCHES reads are under way at once, whoever asks. `ChunkCache` keeps what was opened last, for readers at
-random; it is bounded in bytes. Whoever asks for a chunk that another is just fetching waits for that.
+At most FETCHES reads are under way at once, whoever asks, and OPENERS threads open what they brought. `ChunkCache`
+keeps what was opened last, for readers at random; it is bounded in bytes. Whoever asks for a chunk that another is just
+fetching waits for that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +23,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from recovery.files import in_thread
 from replicar.errors import CorruptionError, PermanentError
 from replicar.formats import segment
 from replicar.log.reader import Segment
@@ -30,6 +33,8 @@ _Result = TypeVar("_Result")
 
 #: Ranged reads under way at once: enough to hide a round trip of 20 ms at 200 MB/s, far below 500 requests/s a blob.
 FETCHES: Final = 6
+#: Threads that open chunks at once: more than keep the cores busy only take the interpreter's lock from each other.
+OPENERS: Final = (os.cpu_count() or 1) + 1
 #: Sealed bytes that may be read for nothing to save a request.
 BRIDGE_BYTES: Final = 256 << 10
 #: What a cache of opened chunks holds: 512 chunks of 128 KiB.
@@ -62,14 +67,17 @@ class ChunkSource:
     def __init__(self, log: MachineLog, *, fetches: int = FETCHES) -> None:
         self._log = log
         self._slots = asyncio.Semaphore(fetches)
+        self._openers = asyncio.Semaphore(OPENERS)
 
     async def visit(self, found: Segment, first: int, last: int, work: Callable[[memoryview], _Result]) -> _Result:
         """Read the sealed bytes of chunks `first` to `last` (inclusive) in one request, and have `work` do something
-        with them in a thread; the sealed bytes of at most `fetches` visits are in memory at once."""
+        with them in a thread; the sealed bytes of at most `fetches` visits are in memory at once. Whoever is cancelled
+        waits for the thread."""
         start, end = int(found.table.chunk_offsets[first]), int(found.table.chunk_offsets[last + 1])
         async with self._slots:
             sealed = memoryview(await self._log.store.read(found.blob, found.offset + start, end - start))
-            return await asyncio.to_thread(work, sealed)
+            async with self._openers:
+                return await in_thread(work, sealed)
 
     async def open(self, found: Segment, chunks: Sequence[int]) -> dict[int, bytes]:
         """The given chunks (ascending), opened.

@@ -54,7 +54,7 @@ async def write_raw_file(
         CorruptionError: the log is damaged where the disk's data lies.
     """
     async with new_file(path, disk.size_bytes, replace=replace) as descriptor:
-        data_bytes = await _copy_to_file(view, disk, descriptor, progress)
+        data_bytes = await copy_to_file(view, disk, descriptor, progress)
     return written_at(view, disk, str(path), disk.size_bytes, data_bytes)
 
 
@@ -72,7 +72,7 @@ async def write_vhd_file(
     size = vhd.virtual_bytes(disk.size_bytes)
     footer = _footer(size, uuid.uuid4(), clock)
     async with new_file(path, size + vhd.FOOTER_BYTES, replace=replace) as descriptor:
-        data_bytes = await _copy_to_file(view, disk, descriptor, progress)
+        data_bytes = await copy_to_file(view, disk, descriptor, progress)
         await in_thread(write_at, descriptor, memoryview(footer), size)
     return written_at(view, disk, str(path), size + vhd.FOOTER_BYTES, data_bytes)
 
@@ -171,23 +171,26 @@ def written_at(view: View, disk: Disk, target: str, size_bytes: int, data_bytes:
     return Written(disk.name, target, size_bytes, data_bytes, place.sequence, place.time_ns)
 
 
-async def _copy_to_file(view: View, disk: Disk, descriptor: int, progress: Progress | None) -> int:
-    written = 0
+async def copy_to_file(view: View, disk: Disk, descriptor: int, progress: Progress | None = None) -> int:
+    """Write the disk's data into a file that holds nothing but zeros; returns how much was written."""
+    written: list[int] = []  # of every chunk; threads append to it
 
-    async def sink(batch: Sequence[Piece]) -> None:
-        nonlocal written
-        count = await in_thread(write_pieces, descriptor, batch)
-        written += count  # not in one: other batches are counted while this one is written
+    def write(pieces: Sequence[Piece]) -> None:
+        written.append(write_pieces(descriptor, pieces))
 
-    await view.copy(disk, sink, hole_bytes=FILE_HOLE_BYTES, progress=progress)
-    return written
+    await view.scatter(disk, write, progress=progress)
+    return sum(written)
 
 
 def write_pieces(descriptor: int, pieces: Sequence[Piece]) -> int:
     """Write what is not zeros; returns its length."""
     written = 0
     for offset, data in pieces:
-        for start, end in held_stretches(data) if len(data) > GRANULE_BYTES else [(0, len(data))]:
+        if len(data) <= GRANULE_BYTES:
+            write_at(descriptor, data, offset)
+            written += len(data)
+            continue
+        for start, end in held_stretches(data):
             write_at(descriptor, data[start:end], offset + start)
             written += end - start
     return written

@@ -4,14 +4,16 @@ The plan is in the disk's order, so that whoever writes it out writes in order. 
 is written in one go: it lies within one aligned block (what one Put Page may hold) and bridges small holes. A *window*
 is as many spans as fit into the memory at hand; within a window every chunk is fetched and opened once, so with more
 memory fewer chunks are opened twice, and a disk that was written in order costs each chunk about once however little
-memory there is.
+memory there is. Where pieces need not be put together before they are written there is no buffer (`scattered`); a
+window then only keeps what is written near each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise, starmap
+from operator import itemgetter
 from typing import Final
 
 import numpy as np
@@ -31,7 +33,8 @@ WORTHWHILE_OPENS: Final = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Pieces of one chunk: `length` bytes from `source` in the opened chunk go to `target` in the window's buffer."""
+    """Pieces of one chunk: `length` bytes from `source` in the opened chunk go to `target` in the window's buffer, or
+    on the disk if there is none."""
 
     chunk: int
     source: list[int]
@@ -129,6 +132,25 @@ def windows(
         first = last
 
 
+def scattered(
+    extents: ExtentMap, sizes: Mapping[int, int], *, window_bytes: int, block_bytes: int = BLOCK_BYTES
+) -> Iterator[tuple[Fetch, ...]]:
+    """The plan for a disk's extents without a buffer between: `target` is where bytes go on the disk.
+
+    Args:
+        sizes: the chunk size of every segment that the extents name, by number.
+        window_bytes: so much data is fetched before what follows it on the disk; at least one block.
+    """
+    data = _split_blocks(extents.data(), block_bytes)
+    held = np.concatenate(([0], np.cumsum(data.end - data.start)))
+    left = 0
+    while left < len(data):
+        right = max(int(np.searchsorted(held, held[left] + window_bytes, side="right")) - 1, left + 1)
+        part = ExtentMap(data.start[left:right], data.end[left:right], data.segment[left:right], data.place[left:right])
+        yield tuple(_fetches(part, part.start, sizes))
+        left = right
+
+
 def _split_blocks(data: ExtentMap, block_bytes: int) -> ExtentMap:
     rows, _, start, end = _split(data.start, data.end, np.int64(block_bytes))
     return ExtentMap(start, end, data.segment[rows], data.place[rows] + (start - data.start[rows]))
@@ -144,15 +166,13 @@ def _fetches(part: ExtentMap, target: Ints, sizes: Mapping[int, int]) -> Iterato
     order = np.lexsort((source, chunk, number))
     number, chunk, source, placed, length = (column[order] for column in (number, chunk, source, placed, end - start))
     fresh = np.flatnonzero(np.concatenate(([True], (number[1:] != number[:-1]) | (chunk[1:] != chunk[:-1]))))
-    edges = [*fresh.tolist(), len(number)]
-    copies: list[Copies] = []
-    for left, right in pairwise(edges):
-        if copies and number[left] != number[left - 1]:
-            yield Fetch(int(number[left - 1]), tuple(copies))
-            copies = []
-        cut = slice(left, right)
-        copies.append(Copies(int(chunk[left]), source[cut].tolist(), placed[cut].tolist(), length[cut].tolist()))
-    yield Fetch(int(number[-1]), tuple(copies))
+    # Lists from here on: numpy is slow where rows are taken one by one.
+    source_, placed_, length_ = source.tolist(), placed.tolist(), length.tolist()
+    cuts = starmap(slice, pairwise([*fresh.tolist(), len(number)]))
+    chunks = zip(number[fresh].tolist(), chunk[fresh].tolist(), cuts, strict=True)
+    for segment, rows_ in groupby(chunks, key=itemgetter(0)):
+        copies = (Copies(index, source_[cut], placed_[cut], length_[cut]) for _, index, cut in rows_)
+        yield Fetch(segment, tuple(copies))
 
 
 def _chunk_sizes(numbers: Ints, sizes: Mapping[int, int]) -> Ints:

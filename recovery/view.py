@@ -3,7 +3,10 @@
 `read` is for readers at random and keeps the chunks it opened last. `pieces` and `copy` go through a disk in order and
 skip what is zeros; they hold at most `memory_bytes` of its data at a time (see `plan`) and open chunks in threads,
 some fetches under way at once. `copy` also overlaps filling the next window with writing the last one out, and uses
-its two buffers again and again: fresh memory costs as much in page faults as opening the chunks does.
+its two buffers again and again: fresh memory costs as much in page faults as opening the chunks does. `scatter` has no
+buffers at all: every opened chunk goes where it belongs at once, in pieces as small as the writes once were. That is
+for files, whose page cache puts them together; storage wants few large requests, and a device would read the rest of
+a page that a piece does not fill.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from recovery.chunks import CACHE_BYTES, ChunkCache, ChunkSource, MachineLog, cl
 from recovery.extents import ExtentMap
 from recovery.index import State
 from recovery.layers import DiskMap
-from recovery.plan import BLOCK_BYTES, HOLE_BYTES, Copies, Window, choose_window, windows
+from recovery.plan import BLOCK_BYTES, HOLE_BYTES, Copies, Fetch, Window, choose_window, scattered, windows
 from recovery.records import bytes_from, chunks_of
 from replicar.errors import PermanentError
 from replicar.formats.record import Disk
@@ -38,6 +41,10 @@ Piece = tuple[int, memoryview]
 Sink = Callable[[Sequence[Piece]], Awaitable[None]]
 #: Called with the bytes of data that are done, and all there are.
 Progress = Callable[[int, int], None]
+#: Called in threads, several at once, with the pieces of one chunk; the bytes are the callee's until it returns.
+Scatter = Callable[[Sequence[Piece]], None]
+#: Called in threads, several at once, with an opened chunk and what is wanted of it.
+_Use = Callable[[memoryview, Copies], None]
 
 
 class View:
@@ -142,7 +149,7 @@ class View:
         Whatever a sink raises ends the copy and is raised here.
         """
         total = await self.data_bytes(disk) if progress is not None else 0
-        slots, done = asyncio.Semaphore(sinks), _Done(2 * total, progress)
+        slots, done = asyncio.Semaphore(sinks), _Done(total, progress)
         free: asyncio.Queue[mmap.mmap | None] = asyncio.Queue()
         for _ in range(2):
             free.put_nowait(None)
@@ -174,6 +181,36 @@ class View:
             raise first_error(failed) from None
         done.finish()
 
+    async def scatter(self, disk: Disk, write: Scatter, *, progress: Progress | None = None) -> None:
+        """Hand every piece of the disk's data to `write` as its chunk is opened, some chunks at once, in no order.
+
+        No byte of the disk comes twice. Pieces lie within two windows at a time, together as large as `copy` has
+        buffers: so much stays in the page cache, which puts it in order, and a chunk is opened once for each window
+        that it has bytes in. When this returns or raises, no thread is in `write` any more; whatever that raises is
+        raised here.
+        """
+        done = _Done(await self.data_bytes(disk) if progress is not None else 0, progress, counts=1)
+        slots = asyncio.Semaphore(2)  # the next window begins while the last fetches of one are under way
+
+        def use(data: memoryview, copies: Copies) -> None:
+            rows = zip(copies.source, copies.target, copies.length, strict=True)
+            write([(target, data[source : source + length]) for source, target, length in rows])
+
+        async def carry(fetches: Sequence[Fetch]) -> None:
+            await self._open(fetches, use, done.add)
+            slots.release()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                async for extents in self._extents(disk).slices():
+                    sizes = await self.state.segments.chunk_sizes(np.unique(extents.data().segment).tolist())
+                    for fetches in scattered(extents, sizes, window_bytes=self._window_bytes):
+                        await slots.acquire()
+                        group.create_task(carry(fetches))
+        except BaseExceptionGroup as failed:
+            raise first_error(failed) from None
+        done.finish()
+
     def _extents(self, disk: Disk) -> DiskMap:
         return self.state.maps[disk.index]
 
@@ -195,15 +232,23 @@ class View:
                 yield window
 
     async def _fill(self, window: Window, out: memoryview, opened: Callable[[int], None]) -> None:
-        segments = await self.state.segments.load(fetch.segment for fetch in window.fetches)
+        def copy_out(data: memoryview, copies: Copies) -> None:
+            for source, target, length in zip(copies.source, copies.target, copies.length, strict=True):
+                out[target : target + length] = data[source : source + length]
+
+        await self._open(window.fetches, copy_out, opened)
+
+    async def _open(self, fetches: Sequence[Fetch], use: _Use, used: Callable[[int], None]) -> None:
+        """Have all chunks of some fetches opened and used, in threads; `used` is told how many bytes were."""
+        segments = await self.state.segments.load(fetch.segment for fetch in fetches)
         try:
             async with asyncio.TaskGroup() as group:
-                for fetch in window.fetches:
+                for fetch in fetches:
                     found = segments[fetch.segment]
                     by_chunk = {copies.chunk: copies for copies in fetch.copies}
                     for first, last in close_together(found, list(by_chunk)):
                         wanted = [copies for index, copies in by_chunk.items() if first <= index <= last]
-                        group.create_task(self._bring(found, first, last, wanted, out, opened))
+                        group.create_task(self._bring(found, first, last, wanted, use, used))
         except BaseExceptionGroup as failed:
             raise first_error(failed) from None
 
@@ -213,31 +258,29 @@ class View:
         first: int,
         last: int,
         wanted: Sequence[Copies],
-        out: memoryview,
-        opened: Callable[[int], None],
+        use: _Use,
+        used: Callable[[int], None],
     ) -> None:
-        def open_and_copy(sealed: memoryview) -> None:
+        def open_and_use(sealed: memoryview) -> None:
             key = self._source.key(found)
             for copies in wanted:
-                data = memoryview(self._source.open_one(found, copies.chunk, sealed, first, key))
-                for source, target, length in zip(copies.source, copies.target, copies.length, strict=True):
-                    out[target : target + length] = data[source : source + length]
+                use(memoryview(self._source.open_one(found, copies.chunk, sealed, first, key)), copies)
 
-        await self._source.visit(found, first, last, open_and_copy)
-        opened(sum(sum(copies.length) for copies in wanted))
+        await self._source.visit(found, first, last, open_and_use)
+        used(sum(sum(copies.length) for copies in wanted))
 
 
 class _Done:
-    """Counts bytes up to `total` for a progress callback that wants half as many."""
+    """Counts up to `total` bytes for a progress callback; with `counts` of 2 every byte is counted so often."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
+    def __init__(self, total: int, progress: Progress | None, *, counts: int = 2) -> None:
+        self._done, self._total, self._counts, self._progress = 0, total * counts, counts, progress
         self.add(0)
 
     def add(self, count: int) -> None:
         self._done = min(self._done + count, self._total)
         if self._progress is not None:
-            self._progress(self._done // 2, self._total // 2)
+            self._progress(self._done // self._counts, self._total // self._counts)
 
     def finish(self) -> None:
         self.add(self._total)

@@ -3,6 +3,7 @@
     replicar-simulate --seeds 1000 --first-seed 5000     a thousand stories, on every core
     replicar-simulate --seed 5017 --trace                one of them again, line by line, exactly as it was
     replicar-simulate --seed 5017 --shrink               the shortest story that fails in the same way
+    replicar-simulate --story story.json                 one that was kept in a file (`stories`)
 
 The exit status is 0 only if no promise was broken.
 """
@@ -19,8 +20,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
+from simulator import stories
 from simulator.faults.catalogue import CATALOGUE
 from simulator.planted import PLANTED, planted
 from simulator.shrinking import shrink
@@ -92,7 +95,7 @@ def _tell_all(seeds: list[int], bug: str | None) -> list[Outcome]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     options = _parser().parse_args(arguments)
-    if options.seed is not None:
+    if options.seed is not None or options.story is not None:
         return _one(options)
     summary, began = Summary(), time.monotonic()
     seeds = range(options.first_seed, options.first_seed + options.seeds)
@@ -120,11 +123,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one(options: argparse.Namespace) -> int:
-    story = story_of(options.seed) if options.plant is None else PLANTED[options.plant].story(options.seed)
+    if options.story is not None:
+        story = stories.load(options.story).story
+    else:
+        story = story_of(options.seed) if options.plant is None else PLANTED[options.plant].story(options.seed)
     with planted(options.plant):
         outcome = simulate(story)
         if options.shrink and outcome.violations:
             story, outcome = shrink(story, outcome)
+    if options.save is not None:
+        stories.save(stories.Kept(story, "; ".join(outcome.violations[:1]), options.plant or ""), options.save)
     print(story)
     if options.trace:
         print(*outcome.trace, sep="\n")
@@ -148,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="tell this story only")
     parser.add_argument("--trace", action="store_true", help="with --seed: print what happened")
     parser.add_argument("--shrink", action="store_true", help="with --seed: cut it short as long as it fails")
+    parser.add_argument("--story", type=Path, help="tell the story in this file")
+    parser.add_argument("--save", type=Path, help="with --seed: write the story, as it was cut short, to this file")
     parser.add_argument("--plant", choices=sorted(PLANTED), help="put a known bug into the product, to see it found")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from recovery.compute.check import run_check
-from recovery.plans import JOBS, SCRIPT_SECONDS, Goal, Run, RunState, Step, read_plan, told_to_script
+from recovery.recovery_plans import JOBS, SCRIPT_SECONDS, Goal, Run, RunState, Step, read_plan, told_to_script
 from replicar.cli.circle import (
     Application,
     At,

@@ -301,11 +301,10 @@ def open_chunk(table: SegmentTable, index: int, sealed_chunk: Buffer, key: bytes
     """
     header = table.header
     number = header.position.number
-    entry = table.chunks[index]
+    sealed_bytes, codec, tag = PACK_CHUNK.unpack(table.chunks[index].tobytes())
     raw_bytes = min(header.chunk_bytes, header.raw_bytes - index * header.chunk_bytes)
     what = f"chunk {index} of segment {number}"
-    codec = int(entry["codec"])
-    if len(sealed_chunk) != int(entry["sealed_bytes"]) or bytes(sealed_chunk[-TAG_BYTES:]) != bytes(entry["tag"]):
+    if len(sealed_chunk) != sealed_bytes or bytes(sealed_chunk[-TAG_BYTES:]) != tag:
         raise CorruptionError(f"{what} is not the one its table names", number=number)
     associated = cipher.chunk_data(header.position, index, raw_bytes, codec)
     opener = key if isinstance(key, AESGCM) else open_key(header, key)

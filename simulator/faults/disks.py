@@ -9,8 +9,12 @@ import asyncio
 import errno
 import os
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from replicar.errors import CorruptionError
+from replicar.formats import changelog
 from simulator.world.calls import Device
 from simulator.world.files import REAL
 
@@ -119,18 +123,30 @@ async def cache_misdirected(stage: Stage, draw: random.Random, seconds: float) -
 
 
 async def log_damaged(stage: Stage, draw: random.Random, seconds: float) -> None:
-    """A bit of the agent's change log flips.
+    """A bit of the agent's change log flips, in what was sealed there.
 
     It is never stored as if it were sound. What can't be sent any more is compared and sent anew, in a gap, when the
-    agent starts again.
+    agent starts again. (The frame that is still open has no checksum yet; a bit that flips there is in memory, as one
+    in the application's is, and audits are what finds it.)
     """
     logs = sorted((stage.world.machines[stage.machine].directory / "state" / "log").glob("changes-*.hrl"))
     if logs:
-        _flip(draw.choice(logs), draw, stage.world.note)
+        _flip(chosen := draw.choice(logs), draw, stage.world.note, _is_sealed(chosen))
         stage.damaged_log = True
 
 
-def _flip(path: os.PathLike[str], draw: random.Random, note: object) -> None:
+def _is_sealed(path: Path) -> Callable[[int], bool]:
+    """Whether a byte of a change-log file is under a checksum."""
+    try:
+        end = changelog.scan(memoryview(path.read_bytes()), trust_staging=False).end_offset
+    except CorruptionError:  # its header was hit before, so nothing of it is believed
+        return lambda place: True
+    return lambda place: place < changelog.STAGING_OFFSET or changelog.FRAMES_OFFSET <= place < end
+
+
+def _flip(
+    path: os.PathLike[str], draw: random.Random, note: object, may_be_hit: Callable[[int], bool] = lambda place: True
+) -> None:
     if not os.path.exists(path):
         return
     descriptor = REAL.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -148,6 +164,8 @@ def _flip(path: os.PathLike[str], draw: random.Random, note: object) -> None:
         if used:
             start, end = draw.choice(used)
             place = draw.randrange(start, min(end, size))
+            if not may_be_hit(place):
+                return
             (byte,) = REAL.pread(descriptor, 1, place)
             REAL.pwrite(descriptor, bytes([byte ^ 1 << draw.randrange(8)]), place)
             assert callable(note)

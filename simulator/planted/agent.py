@@ -99,6 +99,15 @@ def last_write_is_not_redone() -> Names:
     return ((Ladder, "_redo", redo),)
 
 
+def redone_over_newer() -> Names:
+    """After a kill the last frame's writes are done again, whatever was written behind it. (It was so once.)"""
+
+    def is_dirty(self: Ladder, disk: int, offset: int, length: int) -> bool:
+        return False
+
+    return ((Ladder, "_is_dirty", is_dirty),)
+
+
 def numbers_come_twice() -> Names:
     """After a power cut the log goes on with numbers that it may have given out before."""
     load = LogState._load

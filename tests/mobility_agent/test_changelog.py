@@ -269,6 +269,31 @@ def test_a_cut_that_takes_the_only_files_header_costs_what_the_record_names(tmp_
     log.abandon()
 
 
+@pytest.mark.parametrize("lost", ["the end", "the header"])
+async def test_a_cut_that_leaves_a_later_file_and_not_the_one_before_goes_on_anew(tmp_path: Path, lost: str) -> None:
+    log = open_log(tmp_path)
+    log.append_record(Kind.GAP, record.Gap("initial replication"), flags=Flag.GAP_BEGIN)
+    log.state.retired_sequence = log.next_sequence
+    while len(list(tmp_path.glob("*.hrl"))) < 3:
+        assert log.append_copy(Kind.WRITE, 0, 0, MIB, os.urandom(MIB))
+    held, reserved = frames_of(log), log.state.reserved_sequence
+    log.state.save(durable=True)
+    log.abandon()
+    first = min(tmp_path.glob("*.hrl"))
+    whole = first.read_bytes()
+    first.write_bytes(
+        whole[: len(whole) - 2 * MIB].ljust(len(whole), b"\0") if lost == "the end" else bytes(len(whole))
+    )
+    log = open_log(tmp_path, boot_id=b"after the cut".ljust(16))
+    assert log.past is (Past.TOUCHED if lost == "the end" else Past.UNKNOWN)
+    log.append_record(Kind.GAP, record.Gap("after the cut"), flags=Flag.GAP_BEGIN)
+    *before, last = frames_of(log)
+    assert [found.header for found in before] == [found.header for found in held[: len(before)]]
+    assert len(before) < len(held)
+    assert last.header.first_sequence >= reserved
+    log.abandon()
+
+
 def test_another_machines_log_is_refused(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     _mark(log, "a")

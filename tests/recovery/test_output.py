@@ -8,7 +8,8 @@ import random
 import resource
 import signal
 import subprocess
-from collections.abc import Callable, Coroutine
+import threading
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from recovery.files import held_stretches
 from recovery.output import Written, write_raw_file, write_vhd_blob, write_vhd_file
 from recovery.points import Latest, locate
-from recovery.view import View
+from recovery.view import Piece, View
 from replicar.errors import CorruptionError, PermanentError
 from replicar.formats import segment, vhd
 from replicar.storage import PageBlobStore, is_missing
@@ -74,7 +75,7 @@ async def test_a_raw_file_is_the_disk_and_keeps_its_holes(built: LogBuilder, tmp
     assert [entry.name for entry in tmp_path.iterdir()] == ["disk.raw"]
 
 
-async def test_what_was_written_is_counted_while_several_batches_are_under_way(
+async def test_what_was_written_is_counted_while_several_chunks_are_under_way(
     store: PageBlobStore, tmp_path: Path
 ) -> None:
     size = 40 * MIB
@@ -86,6 +87,28 @@ async def test_what_was_written_is_counted_while_several_batches_are_under_way(
     view = View(builder.log, await locate(builder.log, Latest()))
     written = await write_raw_file(view, view.disks[0], tmp_path / "disk.raw")
     assert written.data_bytes == size
+
+
+async def test_a_disk_written_here_and_there_again_and_again_comes_back_as_it_was(
+    store: PageBlobStore, tmp_path: Path
+) -> None:
+    """In pieces of any length, which chunks and blocks cut anywhere, with zeros written over data and the reverse."""
+    size, random_ = 9 * MIB, random.Random(5)
+    builder = LogBuilder(store, chunk_bytes=segment.DEFAULT_CHUNK_BYTES, model=False, blob_bytes=64 * MIB)
+    builder.begin(size)
+    image = bytearray(size)
+    for number in range(240):
+        length = 512 * random_.choice([1, 7, 8, 64, 400])
+        offset = 512 * random_.randrange((size - length) // 512)
+        data = bytes(length) if random_.random() < 0.2 else random_.randbytes(length)
+        builder.write(0, offset, data)
+        image[offset : offset + length] = data
+        if number % 24 == 23:
+            await builder.seal()
+    for memory_bytes in (8 * MIB, None):
+        view = View(builder.log, await locate(builder.log, Latest()), memory_bytes=memory_bytes)
+        await write_raw_file(view, view.disks[0], tmp_path / "disk.raw", replace=True)
+        assert (tmp_path / "disk.raw").read_bytes() == image
 
 
 async def test_a_vhd_file_is_the_disk_filled_up_to_a_whole_mib_with_a_footer(built: LogBuilder, tmp_path: Path) -> None:
@@ -195,6 +218,31 @@ async def test_who_is_interrupted_leaves_nothing_behind(
             await task
     assert list(tmp_path.iterdir()) == []
     assert await store.list(NAME) == []
+
+
+async def test_who_is_interrupted_waits_for_the_threads_that_write(built: LogBuilder) -> None:
+    """The descriptor that they write to is closed next, and its number may be another file's soon."""
+    view = await view_of(built)
+    came: list[int] = []
+    went: list[int] = []
+    entered, released = threading.Event(), threading.Event()
+
+    def write(pieces: Sequence[Piece]) -> None:
+        came.append(len(pieces))
+        entered.set()
+        released.wait(60)
+        went.append(len(pieces))
+
+    task = asyncio.create_task(view.scatter(view.disks[0], write))
+    assert await asyncio.to_thread(entered.wait, 60)
+    task.cancel()
+    for _ in range(10):
+        await asyncio.sleep(0.01)
+    assert not task.done()
+    released.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(came) == len(went)
 
 
 @pytest.mark.parametrize("place", ["missing/disk.raw", "."])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 from hypothesis import given, strategies as st
 
 from recovery.extents import ZEROS, ExtentMap
-from recovery.plan import MIN_WINDOW_BYTES, choose_window, windows
+from recovery.plan import MIN_WINDOW_BYTES, Fetch, choose_window, scattered, windows
 
 BLOCK = 64
 HOLE = 8
@@ -30,6 +31,31 @@ writes = st.lists(
 )
 
 
+def placed(fetches: Sequence[Fetch], known: dict[int, int]) -> dict[int, tuple[int, int]]:
+    """The segment and place that some fetches take every byte from, by where it goes; no chunk is opened twice."""
+    found: dict[int, tuple[int, int]] = {}
+    opened = [(fetch.segment, copies.chunk) for fetch in fetches for copies in fetch.copies]
+    assert opened == sorted(set(opened))
+    for fetch in fetches:
+        size = known[fetch.segment]
+        for copies in fetch.copies:
+            for source, target, length in zip(copies.source, copies.target, copies.length, strict=True):
+                assert source + length <= size
+                for at in range(length):
+                    assert target + at not in found
+                    found[target + at] = (fetch.segment, copies.chunk * size + source + at)
+    return found
+
+
+def wanted(extents: ExtentMap) -> dict[int, tuple[int, int]]:
+    """The segment and place of every byte of data."""
+    columns = (column.tolist() for column in (extents.start, extents.end, extents.segment, extents.place))
+    found: dict[int, tuple[int, int]] = {}
+    for start, end, segment, place in zip(*columns, strict=True):
+        found |= {at: (segment, place + at - start) for at in range(start, end) if segment != ZEROS}
+    return found
+
+
 @given(writes, st.integers(BLOCK, 400))
 def test_every_byte_of_data_is_copied_once_from_where_it_lies(
     rows: list[tuple[int, int, int, int]], window_bytes: int
@@ -43,23 +69,25 @@ def test_every_byte_of_data_is_copied_once_from_where_it_lies(
         for span in window.spans:
             assert span.offset // BLOCK == (span.offset + span.length - 1) // BLOCK
             ends += [span.offset, span.offset + span.length]
-        opened = [(fetch.segment, copies.chunk) for fetch in window.fetches for copies in fetch.copies]
-        assert opened == sorted(set(opened))
-        for fetch in window.fetches:
-            size = known[fetch.segment]
-            for copies in fetch.copies:
-                for source, target, length in zip(copies.source, copies.target, copies.length, strict=True):
-                    assert source + length <= size
-                    for at in range(length):
-                        assert disk[target + at] not in planned
-                        planned[disk[target + at]] = (fetch.segment, copies.chunk * size + source + at)
-    expected: dict[int, tuple[int, int]] = {}
-    for start, end, segment, place in zip(
-        *(column.tolist() for column in (extents.start, extents.end, extents.segment, extents.place)), strict=True
-    ):
-        expected |= {at: (segment, place + at - start) for at in range(start, end) if segment != ZEROS}
-    assert planned == expected
+        for to, place in placed(window.fetches, known).items():
+            assert disk[to] not in planned
+            planned[disk[to]] = place
+    assert planned == wanted(extents)
     assert ends == sorted(ends)
+
+
+@given(writes, st.integers(BLOCK, 400))
+def test_without_a_buffer_every_byte_goes_to_the_disk_once_and_windows_follow_each_other(
+    rows: list[tuple[int, int, int, int]], window_bytes: int
+) -> None:
+    extents, known = painted(rows), segments(16, 7, 64)
+    planned: dict[int, tuple[int, int]] = {}
+    for fetches in scattered(extents, known, window_bytes=window_bytes, block_bytes=BLOCK):
+        window = placed(fetches, known)
+        assert 0 < len(window) <= window_bytes
+        assert not planned or max(planned) < min(window)
+        planned |= window
+    assert planned == wanted(extents)
 
 
 def test_a_disk_written_in_order_needs_small_windows_and_one_written_at_random_large_ones() -> None:

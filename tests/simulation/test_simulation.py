@@ -17,7 +17,7 @@ from simulator.story import LEAST_FAULTS, story_of
 
 _DIGESTS = "from simulator.seeds import run\nprint([o.digest for o in run([3, 7])])"
 #: Of the default run; `make simulate` has more.
-SAMPLE = 30
+SAMPLE = 60
 
 
 def test_a_seed_gives_the_same_run_to_the_byte_in_every_process() -> None:

@@ -15,7 +15,7 @@ from mobility_agent.cli import app as mobility_agent
 from mobility_agent.settings import AgentSettings
 from process_server.cli import app as process_server
 from process_server.settings import Settings as ProcessServerSettings
-from recovery.plans import read_plan
+from recovery.recovery_plans import read_plan
 from replicar.cli.app import app as replicar
 
 ROOT = Path(__file__).parents[2]

@@ -56,6 +56,11 @@ class ForgetfulDisk:
                     found[page * _PAGE : page * _PAGE + len(before)] = before
         return bytes(found)
 
+    def read_bytes(self) -> bytes:
+        """What it holds now, past all who may be frozen."""
+        with self._lock:
+            return bytes(self._content)
+
     def close(self) -> None:
         self._ending = True
         mount.unmount(self.file.parent, lazily=True)

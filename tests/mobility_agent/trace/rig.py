@@ -13,10 +13,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
@@ -98,12 +99,18 @@ def attached(image: Path, mountpoint: Path, *, filesystem: str = "", make: bool 
         yield LoopDisk(device, image, mountpoint)
 
 
+class Image(Protocol):
+    """Whatever has a disk's content: a path, for one."""
+
+    def read_bytes(self) -> bytes: ...
+
+
 class WitnessStage(Stage):
     """A stage that keeps, when everything was read and all is still frozen, what the disks' images hold."""
 
-    def __init__(self, images: list[Path]) -> None:
+    def __init__(self, images: Sequence[Image]) -> None:
         super().__init__()
-        self.images = images
+        self.images = list(images)
         self.seen: list[bytes] = []
 
     def read(self, freeze: Freeze) -> bool:

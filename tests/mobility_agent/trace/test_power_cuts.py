@@ -27,6 +27,7 @@ from tests.mobility_agent.trace.rig import (
     Churn,
     Replica,
     Rig,
+    WitnessStage,
     attached,
     random_direct_writes,
     run,
@@ -41,6 +42,8 @@ WHOLE_SECONDS = 60
 #: What mounting after the cut writes, and what is written before the disk is compared: journals and times.
 MOUNTING_BYTES = 16 * MIB
 HELD_BYTES = 4 * MIB
+#: A disk that this very process serves takes its time on a machine that is busy.
+BUDGET_SECONDS = 30.0
 
 
 async def _life_and_death(directory: Path, patch: pytest.MonkeyPatch, seed: int, filesystem: str) -> None:
@@ -51,7 +54,10 @@ async def _life_and_death(directory: Path, patch: pytest.MonkeyPatch, seed: int,
         power = Power(before, patched)
         disk = closing.enter_context(forgetful(directory / "first" / "disk", bytes(SIZES[filesystem])))
         loop = closing.enter_context(attached(disk.file, directory / "mounted", filesystem=filesystem))
-        async with tracing(before, [loop], feed_seconds=draw.choice((FEED_SECONDS, 0.5))) as rig:
+        stage, feed_seconds = WitnessStage([disk]), draw.choice((FEED_SECONDS, 0.5))
+        async with tracing(
+            before, [loop], stage=stage, budget_seconds=BUDGET_SECONDS, feed_seconds=feed_seconds
+        ) as rig:
             settled, quiet = draw.random() < 0.8, draw.random() < 0.5
             held = loop.mountpoint / "held"
             held.write_bytes(draw.randbytes(HELD_BYTES))
@@ -75,7 +81,10 @@ async def _life_and_death(directory: Path, patch: pytest.MonkeyPatch, seed: int,
             attached(disk.file, directory / "mounted-again", filesystem=filesystem, make=False)
         )
         boot_id = b"after the cut".ljust(16)
-        async with tracing(after, [loop], replica=replica, boot_id=boot_id) as rig:
+        stage = WitnessStage([disk])
+        async with tracing(
+            after, [loop], stage=stage, budget_seconds=BUDGET_SECONDS, replica=replica, boot_id=boot_id
+        ) as rig:
             assert rig.log.past is (Past.TOUCHED if settled else Past.UNKNOWN)
             touched = sum(length for _, length in rig.ladder.touched[0].ranges())
             await rig.point()
@@ -125,4 +134,4 @@ async def test_after_a_power_cut_points_are_what_the_disk_is(tmp_path: Path, mon
 async def test_fifty_power_cuts_under_disks_that_are_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    await _life_and_death(tmp_path, monkeypatch, seed, "ext4" if seed % 2 else "xfs")
+    await _life_and_death(tmp_path, monkeypatch, seed, "ext4" if seed % 4 else "xfs")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recovery.plans import Goal, Plan, Run, RunState, read_plan, told_to_script
+from recovery.recovery_plans import Goal, Plan, Run, RunState, read_plan, told_to_script
 from replicar.control.messages import Job, JobKind, JobState
 from replicar.errors import PermanentError
 
