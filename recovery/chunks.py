@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +32,9 @@ _Result = TypeVar("_Result")
 
 #: Ranged reads under way at once: enough to hide a round trip of 20 ms at 200 MB/s, far below 500 requests/s a blob.
 FETCHES: Final = 6
-#: Threads that open chunks at once: more than keep the cores busy only take the interpreter's lock from each other.
-OPENERS: Final = (os.cpu_count() or 1) + 1
+#: Threads that open chunks at once: a chunk is a third interpreter, two thirds libraries without its lock, so that more
+#: threads only wait for the lock in turn. Not by the machine's cores: a simulation's seed must be the same on any.
+OPENERS: Final = 4
 #: Sealed bytes that may be read for nothing to save a request.
 BRIDGE_BYTES: Final = 256 << 10
 #: What a cache of opened chunks holds: 512 chunks of 128 KiB.

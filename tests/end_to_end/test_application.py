@@ -18,7 +18,7 @@ from tests.end_to_end.test_trace import machine, recover
 from tests.mobility_agent.trace.rig import loop_disk, run
 from tests.support.databases import PostgreSQL, postgresql, postgresql_programs
 
-pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(600)]
 
 HOOK = Path(mobility_agent.__file__).parent / "hooks.d" / "postgresql"
 

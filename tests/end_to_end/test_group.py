@@ -21,7 +21,7 @@ from simulator.child import Child
 from simulator.cluster import READY_SECONDS, Cluster, write_toml
 from simulator.command import Result
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 MIB = 1 << 20
 DISK = "data"

@@ -11,7 +11,7 @@ from simulator import e2fsprogs
 from simulator.cluster import Cluster
 from simulator.guest import PARTITION_BYTES, Guest, make_disk, missing
 
-pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(600)]
 
 DISK = "system"
 

@@ -37,7 +37,7 @@ from tests.support import fsx
 from tests.support.databases import PostgreSQL, postgresql, postgresql_programs
 from tests.support.tools import need
 
-pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(900)]
 
 MIB = 1 << 20
 DISK_BYTES = 384 * MIB

@@ -14,7 +14,7 @@ from simulator.oracle import FileImage
 from tests.end_to_end.stage import DISK, stage
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_machine_is_rescued_when_every_servers_directory_is_deleted(tmp_path: Path) -> None:
     async with stage(tmp_path) as it:
         cluster = it.cluster

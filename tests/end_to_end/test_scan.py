@@ -12,7 +12,7 @@ import pytest
 
 from simulator.cluster import Cluster
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 MIB = 1 << 20
 DISK = "data"

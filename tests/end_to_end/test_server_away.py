@@ -22,7 +22,7 @@ from replicar.nbd.client import NbdClient
 from simulator.demo.story import moment
 from tests.end_to_end.stage import DISK, DISK_BYTES, Stage, stage
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 MIB = 1 << 20
 JOURNAL_BYTES = 16 * MIB

@@ -19,7 +19,7 @@ from simulator.command import Result
 from simulator.demo.story import moment
 from tests.mobility_agent.trace.rig import Churn, LoopDisk, loop_disk, run
 
-pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(600)]
 
 MIB = 1 << 20
 DISK = "data"

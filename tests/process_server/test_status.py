@@ -30,7 +30,7 @@ def test_a_server_that_no_longer_runs_is_not_shown_as_one_that_does(tmp_path: Pa
     assert "NOT RUNNING" not in shown.output
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(600)
 async def test_a_status_that_cannot_be_written_does_not_stop_the_data_path(
     azurite: Azurite, container_name: str, tmp_path: Path
 ) -> None:

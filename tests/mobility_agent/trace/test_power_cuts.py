@@ -35,7 +35,7 @@ from tests.mobility_agent.trace.rig import (
 )
 from tests.support.tools import need
 
-pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.needs_root, pytest.mark.timeout(600)]
 
 MIB = 1 << 20
 WHOLE_SECONDS = 60

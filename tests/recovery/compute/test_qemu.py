@@ -20,7 +20,7 @@ from replicar.errors import ConflictError, PermanentError
 from simulator import guest
 from tests.support.tools import need
 
-pytestmark = [pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.timeout(600)]
 
 RECORD = r"^record 1 [0-9a-f]{64}$"
 
