@@ -9,6 +9,7 @@ from then on the old one is refused, with whatever it still had under way.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Final, Self
 
 from replicar.errors import FencedError, TransientError
@@ -60,6 +61,17 @@ class FencedBlob:
         """Let go of the blob: anybody may write to it, or import it, now."""
         await self._store.release_lease(self.name, self._lease_id)
 
+    async def snapshot(self, metadata: Mapping[str, str]) -> str:
+        """Keep what the blob holds now, while nothing is written to it; returns the snapshot's id.
+
+        A request for it that arrives late is refused when the blob has changed.
+        """
+        etag = (await self._store.properties(self.name)).etag
+        return await self._store.snapshot(self.name, metadata=metadata, lease_id=self._lease_id, if_etag=etag)
+
     async def delete(self) -> None:
-        """Remove the blob."""
+        """Remove the blob, and its snapshots, which can't be without it."""
+        for info in await self._store.snapshots(self.name):
+            if info.name == self.name and info.snapshot is not None:
+                await self._store.delete_snapshot(self.name, info.snapshot)
         await self._store.delete(self.name, lease_id=self._lease_id)

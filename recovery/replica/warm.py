@@ -9,8 +9,11 @@ Where the ranges can't be had (the log was folded meanwhile, its disks changed, 
 made anew and written in full: to one point, which is pinned meanwhile, part by part, and the journal says how far that
 is. So a fill that was cut off goes on with the same point, and what came since is brought on behind it.
 
-Weak: it holds one point, the last; earlier ones are the log's. What became zeros is written as pages of zeros. While
-the blobs are made anew there is no replica. Its blobs are not sealed: they are what Azure imports.
+Earlier points are snapshots of the blobs (`points`), if they are asked for: `keep_points`, behind a round. They are
+gone when the blobs are made anew, since a snapshot can't be without its blob; the log has what retention keeps.
+
+Weak: what became zeros is written as pages of zeros. While the blobs are made anew there is no replica. Its blobs are
+not sealed: they are what Azure imports.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ from recovery.plan import HOLE_BYTES
 from recovery.points import AtSequence, Latest, Request, base_of, locate
 from recovery.replica.fenced import FencedBlob
 from recovery.replica.journal import BLOB_BYTES, SLOT_BYTES, Phase, ReplicaRecord, newest, pack_record
+from recovery.replica.points import ReplicaPoint, plan_points, points_of, read_snapshot_info, snapshot_metadata
 from recovery.replica.ranges import between, joined
+from recovery.retention import Policy
 from recovery.view import Piece, View
 from replicar.clock import Clock
 from replicar.errors import ConflictError, CorruptionError, PermanentError
@@ -62,6 +67,14 @@ class Round:
     time_ns: int
     written_bytes: int
     full: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Whether the point that is held was kept as snapshots, and how many snapshots were removed."""
+
+    taken: bool
+    removed: int
 
 
 class WarmReplica:
@@ -153,6 +166,35 @@ class WarmReplica:
             written += count
         await self._say(dataclasses.replace(applying, phase=Phase.APPLIED, base=0, start=following))
         return Round(place.sequence, place.time_ns, resumed + written, full=resumed > 0)
+
+    async def keep_points(self, policy: Policy, every_seconds: float) -> Kept:
+        """Keep the point that the blobs hold, if one is due, and give up earlier ones as the policy says.
+
+        It does nothing while the blobs hold none. Whoever dies in it leaves no point that is not whole, and the next
+        round puts it right. Raises FencedError: somebody else has taken the replica over.
+        """
+        record = self.record
+        if record is None or record.phase is not Phase.APPLIED:
+            return Kept(taken=False, removed=0)
+        there = [read_snapshot_info(info) for info in await self._store.snapshots(self._prefix)]
+        plan = plan_points(
+            [each for each in there if each is not None],
+            policy,
+            sequence=record.sequence,
+            time_ns=record.time_ns,
+            now_ns=self._clock.now_ns(),
+            every_ns=int(every_seconds * 1e9),
+        )
+        for each in plan.remove:
+            await self._store.delete_snapshot(each.blob, each.snapshot)
+        taken = plan.take and await self._take_disks(record.disks)
+        if taken:
+            # Who had replaced us before the blobs were ours again may have written to them; that one has the journal.
+            await self._say(record)
+            for disk in record.disks:
+                said = snapshot_metadata(record.sequence, record.time_ns, disk.index, len(record.disks))
+                await self._blobs[disk.index].snapshot(said)
+        return Kept(taken, len(plan.remove))
 
     async def _resumed(self, wanted: State, source: ChunkSource) -> int:
         """Finish a fill that was cut off, if there is one that can be finished; what was written for it."""
@@ -317,3 +359,9 @@ async def read_journal(log: MachineLog, store: PageBlobStore) -> ReplicaRecord |
         if is_missing(error):
             return None
         raise
+
+
+async def points_kept(log: MachineLog, store: PageBlobStore) -> list[ReplicaPoint]:
+    """The points that a machine's replica has as snapshots, ascending."""
+    found = [read_snapshot_info(info) for info in await store.snapshots(prefix(log))]
+    return points_of(each for each in found if each is not None)[0]

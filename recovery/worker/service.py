@@ -135,9 +135,10 @@ class Worker:
                 await asyncio.gather(*running, return_exceptions=True)
 
     def _upkeep(self, control: ControlClient, store: PageBlobStore, instance: str) -> list[Upkeep]:
+        replica = partial(bring_on, clock=self._clock, point_seconds=self._settings.replica_point_seconds)
         chores: list[tuple[UpkeepKind, Chore, float]] = [
             (UpkeepKind.FOLD, partial(fold, clock=self._clock), self._settings.fold_seconds),
-            (UpkeepKind.REPLICA, partial(bring_on, clock=self._clock), self._settings.replica_seconds),
+            (UpkeepKind.REPLICA, replica, self._settings.replica_seconds),
         ]
         return [
             Upkeep(kind, chore, control, store, clock=self._clock, instance=instance, every_seconds=every)

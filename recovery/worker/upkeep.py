@@ -60,11 +60,17 @@ async def fold(log: MachineLog, machine: ClaimedMachine, policy: Policy, *, cloc
     return kept.retention
 
 
-async def bring_on(log: MachineLog, machine: ClaimedMachine, policy: Policy, *, clock: Clock) -> None:
-    """Bring a machine's warm replica on to its latest point. Raises as `WarmReplica.advance`."""
+async def bring_on(
+    log: MachineLog, machine: ClaimedMachine, policy: Policy, *, clock: Clock, point_seconds: float
+) -> None:
+    """Bring a machine's warm replica on to its latest point, and keep that one, if it is due, every `point_seconds`.
+
+    Raises as `WarmReplica.advance`.
+    """
     digest = bytes.fromhex(machine.stored_digest) or None
     async with WarmReplica(log, log.store, clock=clock, random=os.urandom) as replica:
         await replica.advance(stored_number=machine.stored_segment or 0, stored_digest=digest)
+        await replica.keep_points(retention_policy(policy), point_seconds)
 
 
 class Upkeep:

@@ -1,4 +1,4 @@
-"""`replica run` and `replica status`: a machine's warm replica, kept close behind its log."""
+"""`replica run`, `status` and `points`: a machine's warm replica, kept close behind its log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -14,12 +15,15 @@ from rich.console import Console
 from recovery.chunks import MachineLog
 from recovery.points import Latest, Request, locate
 from recovery.replica.journal import Phase
-from recovery.replica.warm import Round, WarmReplica, read_journal
+from recovery.replica.points import POINT_SECONDS, ReplicaPoint
+from recovery.replica.warm import Round, WarmReplica, points_kept, read_journal
+from recovery.retention import Policy
+from recovery.upkeep import retention_policy
 from replicar.cli.access import Access, MachineId, VaultKeyFile, open_machine
 from replicar.cli.choice import At, PointName, Sequence, chosen_point
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, duration, row, run, size, table
 from replicar.cli.export import until_told
-from replicar.cli.settings import load_settings
+from replicar.cli.settings import OperatorSettings, load_settings
 from replicar.clock import SystemClock
 from replicar.errors import PermanentError, TransientError
 from replicar.moments import format_moment
@@ -29,11 +33,23 @@ app = typer.Typer(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Which points are kept as snapshots: how they are thinned, and how far apart they are."""
+
+    policy: Policy
+    every_seconds: float
+
+
 @app.command("run")
 def run_replica(
     machine: Machine,
     every: Annotated[float, typer.Option(help="Seconds between rounds.", min=1.0)] = 30.0,
     once: Annotated[bool, typer.Option("--once", help="One round, then end; failover does so.")] = False,
+    points_every: Annotated[
+        float,
+        typer.Option(help="Seconds between the points that are kept as snapshots of the blobs; 0: none.", min=0.0),
+    ] = POINT_SECONDS,
     point: PointName = None,
     at: At = None,
     sequence: Sequence = None,
@@ -46,7 +62,8 @@ def run_replica(
 
     The blobs are replicas/MACHINE-ID/DISK-INDEX.vhd in the logs' container, fixed VHDs that Azure imports. They are not
     sealed. Whoever runs this last is the only writer; where the machine's policy says `warm`, recovery workers do it.
-    With --once a point ahead may be given; the latest is meant otherwise.
+    With --once a point ahead may be given; the latest is meant otherwise. Every so often the point that is held is kept
+    as a snapshot of each blob, thinned by the machine's retention policy.
     """
 
     async def work(telling: Telling) -> None:
@@ -54,16 +71,16 @@ def run_replica(
         if named and not once:
             raise PermanentError("a point goes with --once", hint="add --once, or leave the point out")
         request = chosen_point(point, at, sequence, latest=not named)
+        loaded = load_settings(settings)
+        kept = Keeping(await _policy(loaded, machine, asks=vault_key_file is None), points_every)
         async with (
-            open_machine(
-                load_settings(settings), machine, vault_key_file=vault_key_file, machine_id=machine_id
-            ) as access,
+            open_machine(loaded, machine, vault_key_file=vault_key_file, machine_id=machine_id) as access,
             WarmReplica(access.log, access.log.store, clock=SystemClock(), random=os.urandom) as replica,
         ):
             if once:
-                await _round(telling, machine, replica, request, access)
+                await _round(telling, machine, replica, request, access, kept)
             else:
-                await _rounds(telling, machine, replica, request, access, every)
+                await _rounds(telling, machine, replica, request, access, kept, every)
 
     run(as_json, work)
 
@@ -87,20 +104,68 @@ def status(
     run(as_json, work)
 
 
-async def _round(telling: Telling, machine: str, replica: WarmReplica, request: Request, access: Access) -> None:
+@app.command("points")
+def points(
+    machine: Machine,
+    settings: SettingsFile = None,
+    vault_key_file: VaultKeyFile = None,
+    machine_id: MachineId = None,
+    as_json: Json = False,
+) -> None:
+    """List the earlier points that a machine's replica has as snapshots: each is a VHD, to be copied or imported."""
+
+    async def work(telling: Telling) -> None:
+        async with open_machine(
+            load_settings(settings), machine, vault_key_file=vault_key_file, machine_id=machine_id
+        ) as access:
+            found = await points_kept(access.log, access.log.store)
+        data = {
+            "machine": machine,
+            "points": [
+                {
+                    "sequence": each.sequence,
+                    "time_ns": each.time_ns,
+                    "snapshots": [{"disk": of.disk, "blob": of.blob, "snapshot": of.snapshot} for of in each.snapshots],
+                }
+                for each in found
+            ],
+        }
+        telling.result(data, lambda console: _show_points(console, found))
+
+    run(as_json, work)
+
+
+async def _policy(settings: OperatorSettings, machine: str, *, asks: bool) -> Policy:
+    """What the machine's policy says; without the config server, what operators know."""
+    if not asks:
+        return Policy()
+    async with settings.control() as control:
+        return retention_policy(await control.machine_policy(machine))
+
+
+async def _round(
+    telling: Telling, machine: str, replica: WarmReplica, request: Request, access: Access, kept: Keeping
+) -> None:
     began = time.monotonic()
     done = await replica.advance(request, stored_number=access.stored_number, stored_digest=access.stored_digest)
+    await replica.keep_points(kept.policy, kept.every_seconds)
     _tell(telling, machine, done, time.monotonic() - began)
 
 
 async def _rounds(
-    telling: Telling, machine: str, replica: WarmReplica, request: Request, access: Access, every: float
+    telling: Telling,
+    machine: str,
+    replica: WarmReplica,
+    request: Request,
+    access: Access,
+    kept: Keeping,
+    every: float,
 ) -> None:
     """Round after round until told to end. Storage may be away: the next round does what this one did not."""
     async with until_told() as told:
         while not told.is_set():
             try:
-                await _round(telling, machine, replica, request, access)
+                await _round(telling, machine, replica, request, access, kept)
             except TransientError as error:
                 telling.failure(error)
             with contextlib.suppress(TimeoutError):
@@ -135,6 +200,21 @@ async def _status(telling: Telling, machine: str, log: MachineLog) -> int:
 
     telling.result(data, show)
     return 0 if holds else 1
+
+
+def _show_points(console: Console, found: list[ReplicaPoint]) -> None:
+    if not found:
+        console.print("the replica has no earlier points; `replicar points MACHINE` lists what the log has")
+        return
+    made = table("time", ">sequence", ">disk", "snapshot")
+    for each in found:
+        for number, of in enumerate(each.snapshots):
+            row(
+                made, *((format_moment(each.time_ns), each.sequence) if number == 0 else ("", "")), of.disk, of.snapshot
+            )
+    console.print(made)
+    folder = found[-1].snapshots[0].blob.rpartition("/")[0]
+    console.print(f"each of the blob {folder}/DISK.vhd", markup=False, soft_wrap=True)
 
 
 def _tell(telling: Telling, machine: str, done: Round, seconds: float) -> None:

@@ -168,6 +168,29 @@ class LimitedStore:
         await self._inner.delete(name, lease_id=lease_id)
         self._budgets.pop(name, None)
 
+    async def snapshot(
+        self,
+        name: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        lease_id: str | None = None,
+        if_etag: str | None = None,
+    ) -> str:
+        check_metadata(metadata or {}, name)
+        await self._pace(name)
+        return await self._inner.snapshot(name, metadata=metadata, lease_id=lease_id, if_etag=if_etag)
+
+    async def snapshots(self, prefix: str) -> Blobs:
+        return await self._inner.snapshots(prefix)
+
+    async def read_snapshot(self, name: str, snapshot: str, offset: int, length: int) -> bytes:
+        await self._pace(name, length)
+        return await self._inner.read_snapshot(name, snapshot, offset, length)
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None:
+        await self._pace(name)
+        await self._inner.delete_snapshot(name, snapshot)
+
     async def acquire_lease(self, name: str, *, proposed_id: str | None = None) -> str:
         await self._pace(name)
         return await self._inner.acquire_lease(name, proposed_id=proposed_id)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Final, Self
 
@@ -39,6 +40,11 @@ class _Blob:
     sequence_number: int = 0
     lease_id: str | None = None
     chunks: dict[int, _Chunk] = field(default_factory=dict)
+    version: int = 0
+    snapshots: dict[str, _Blob] = field(default_factory=dict)
+
+    def changed(self, now_ns: int) -> None:
+        self.version, self.modified_ns = self.version + 1, now_ns
 
 
 class MemoryStore:
@@ -49,6 +55,7 @@ class MemoryStore:
         self._clock = clock or SystemClock()
         self._blobs: dict[str, _Blob] | None = None
         self._leases = 0
+        self._snapshots = 0
 
     def __repr__(self) -> str:
         return f"MemoryStore(container={self._name!r})"
@@ -103,7 +110,7 @@ class MemoryStore:
             chunk.data[start : start + length] = view[done : done + length]
             chunk.written |= _mask(start, length)
             done += length
-        blob.modified_ns = self._clock.now_ns()
+        blob.changed(self._clock.now_ns())
 
     async def clear_pages(self, name: str, offset: int, length: int, *, lease_id: str | None = None) -> None:
         blob = self._writable("clear pages", name, lease_id)
@@ -118,10 +125,12 @@ class MemoryStore:
             chunk.written &= ~_mask(start, stop - start)
             if not chunk.written:
                 del blob.chunks[index]
-        blob.modified_ns = self._clock.now_ns()
+        blob.changed(self._clock.now_ns())
 
     async def read(self, name: str, offset: int, length: int) -> bytes:
-        blob = self._blob("read", name)
+        return self._bytes(self._blob("read", name), name, offset, length)
+
+    def _bytes(self, blob: _Blob, name: str, offset: int, length: int) -> bytes:
         if not length:
             return b""
         if offset < 0 or offset + length > blob.size_bytes:
@@ -151,18 +160,63 @@ class MemoryStore:
     async def set_metadata(self, name: str, metadata: Mapping[str, str], *, lease_id: str | None = None) -> None:
         blob = self._writable("set metadata", name, lease_id)
         blob.metadata = dict(metadata)
-        blob.modified_ns = self._clock.now_ns()
+        blob.changed(self._clock.now_ns())
 
     async def bump_sequence_number(self, name: str, *, lease_id: str | None = None) -> int:
         blob = self._writable("raise the sequence number", name, lease_id)
         blob.sequence_number += 1
+        blob.version += 1
         return blob.sequence_number
 
     async def delete(self, name: str, *, lease_id: str | None = None) -> None:
         blobs = self._container("delete the blob")
         if name in blobs:
-            self._writable("delete the blob", name, lease_id)
+            if self._writable("delete the blob", name, lease_id).snapshots:
+                raise self._refused("delete the blob", name, 409, "SnapshotsPresent")
             del blobs[name]
+
+    async def snapshot(
+        self,
+        name: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        lease_id: str | None = None,
+        if_etag: str | None = None,
+    ) -> str:
+        doing = "take a snapshot"
+        blob = self._blob(doing, name)
+        if lease_id is not None:
+            self._writable(doing, name, lease_id)
+        if if_etag is not None and if_etag != str(blob.version):
+            raise fenced(doing, self._name, name, "ConditionNotMet")
+        # Azure's ids are moments of 100 ns; they rise, so that no two are the same.
+        now = datetime.fromtimestamp(self._clock.now_ns() / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        self._snapshots += 1
+        made = f"{now}.{self._snapshots:07}Z"
+        chunks = {index: _Chunk(bytearray(chunk.data), chunk.written) for index, chunk in blob.chunks.items()}
+        kept = dict(metadata or blob.metadata)
+        blob.snapshots[made] = _Blob(blob.size_bytes, kept, blob.modified_ns, chunks=chunks, version=blob.version)
+        return made
+
+    async def snapshots(self, prefix: str) -> Blobs:
+        blobs = self._container("list blobs")
+        return [
+            replace(_info(name, kept), snapshot=snapshot)
+            for name in sorted(blobs)
+            if name.startswith(prefix)
+            for snapshot, kept in sorted(blobs[name].snapshots.items())
+        ]
+
+    async def read_snapshot(self, name: str, snapshot: str, offset: int, length: int) -> bytes:
+        kept = self._blob("read", name).snapshots.get(snapshot)
+        if kept is None:
+            raise missing("read", self._name, name)
+        return self._bytes(kept, name, offset, length)
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None:
+        blob = self._container("delete the snapshot").get(name)
+        if blob is not None:
+            blob.snapshots.pop(snapshot, None)
 
     async def acquire_lease(self, name: str, *, proposed_id: str | None = None) -> str:
         blob = self._blob("take the lease", name)
@@ -231,4 +285,5 @@ def _mask(start: int, length: int) -> int:
 
 
 def _info(name: str, blob: _Blob) -> BlobInfo:
-    return BlobInfo(name, blob.size_bytes, dict(blob.metadata), blob.lease_id is not None, blob.modified_ns)
+    leased = blob.lease_id is not None
+    return BlobInfo(name, blob.size_bytes, dict(blob.metadata), leased, blob.modified_ns, etag=str(blob.version))

@@ -12,6 +12,7 @@ land, even after the second one was answered. So, method by method:
   must never mistake another's blob for its own puts something unique into the metadata.
 - `acquire_lease` proposes an id made here, once, so that asking twice is asking once. `release_lease` that finds the
   lease gone after an uncertain try has released it.
+- `snapshot` may leave more than one; under `if_etag` they all hold the same. `delete_snapshot` is as `delete`.
 - `bump_sequence_number` may raise by more than one, which is as good. `delete`, `break_lease`, `set_metadata` (one
   writer) and all reading are harmless by themselves; names are never used again after `delete`.
 """
@@ -170,6 +171,27 @@ class RetryingStore:
 
     async def delete(self, name: str, *, lease_id: str | None = None) -> None:
         await self._again(lambda: self._inner.delete(name, lease_id=lease_id))
+
+    async def snapshot(
+        self,
+        name: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        lease_id: str | None = None,
+        if_etag: str | None = None,
+    ) -> str:
+        return await self._again(
+            lambda: self._inner.snapshot(name, metadata=metadata, lease_id=lease_id, if_etag=if_etag)
+        )
+
+    async def snapshots(self, prefix: str) -> Blobs:
+        return await self._again(lambda: self._inner.snapshots(prefix))
+
+    async def read_snapshot(self, name: str, snapshot: str, offset: int, length: int) -> bytes:
+        return await self._again(lambda: self._inner.read_snapshot(name, snapshot, offset, length))
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None:
+        await self._again(lambda: self._inner.delete_snapshot(name, snapshot))
 
     async def acquire_lease(self, name: str, *, proposed_id: str | None = None) -> str:
         lease_id = proposed_id or str(uuid.UUID(int=self._random.getrandbits(128), version=4))

@@ -13,6 +13,9 @@ a real emulator and against `MemoryStore`, bare and decorated; so whoever holds 
   harm.
 - **Missing things** are a `PermanentError` that `is_missing` recognises.
 
+- **Snapshots** are what a blob held when they were taken, whatever is written to it later, and live no longer than it:
+  a blob that has any is not deleted. A `snapshot` under `if_etag` that arrives late is refused once the blob changed.
+
 What is weak: metadata names are case-insensitive on the way (HTTP headers), so they must be lower-case identifiers
 here.
 """
@@ -40,13 +43,18 @@ Ranges = list[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class BlobInfo:
-    """What the service knows of a blob. `last_modified_ns` is whole seconds on Azure; None where it isn't told."""
+    """What the service knows of a blob, or of one of its snapshots (`snapshot` is its id then).
+
+    `last_modified_ns` is whole seconds on Azure; None where it isn't told. `etag` is another one after every change.
+    """
 
     name: str
     size_bytes: int
     metadata: Mapping[str, str] = field(default_factory=dict)
     leased: bool = False
     last_modified_ns: int | None = None
+    etag: str = ""
+    snapshot: str | None = None
 
 
 Blobs = list[BlobInfo]
@@ -109,7 +117,34 @@ class PageBlobStore(Protocol):
         ...
 
     async def delete(self, name: str, *, lease_id: str | None = None) -> None:
-        """Remove the blob; a blob that isn't there is fine."""
+        """Remove the blob; a blob that isn't there is fine. One that has snapshots is a `PermanentError`."""
+        ...
+
+    async def snapshot(
+        self,
+        name: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        lease_id: str | None = None,
+        if_etag: str | None = None,
+    ) -> str:
+        """Keep what the blob holds now; returns the snapshot's id. Without `metadata` it has the blob's.
+
+        After an uncertain outcome there may be one more than was asked for, at any later time. Raises `FencedError`
+        when the blob is no longer as it was under `if_etag`. Ids of a blob rise with time.
+        """
+        ...
+
+    async def snapshots(self, prefix: str) -> Blobs:
+        """All snapshots of blobs whose names begin with `prefix`, sorted by name, then by id."""
+        ...
+
+    async def read_snapshot(self, name: str, snapshot: str, offset: int, length: int) -> bytes:
+        """As `read`, of a snapshot."""
+        ...
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None:
+        """Remove a snapshot; one that isn't there is fine. The blob's lease does not protect it: so Azure has it."""
         ...
 
     async def acquire_lease(self, name: str, *, proposed_id: str | None = None) -> str:

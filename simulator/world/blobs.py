@@ -231,6 +231,33 @@ class BlobClient:
         inner = self._service.inner
         await self._ask("delete the blob", name, lambda: inner.delete(name, lease_id=lease_id), writes=True)
 
+    async def snapshot(
+        self,
+        name: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        lease_id: str | None = None,
+        if_etag: str | None = None,
+    ) -> str:
+        inner = self._service.inner
+        return await self._ask(
+            "take a snapshot",
+            name,
+            lambda: inner.snapshot(name, metadata=metadata, lease_id=lease_id, if_etag=if_etag),
+            writes=True,
+        )
+
+    async def snapshots(self, prefix: str) -> Blobs:
+        return await self._ask("list snapshots", None, lambda: self._service.inner.snapshots(prefix))
+
+    async def read_snapshot(self, name: str, snapshot: str, offset: int, length: int) -> bytes:
+        inner = self._service.inner
+        return await self._ask("read", name, lambda: inner.read_snapshot(name, snapshot, offset, length), length=length)
+
+    async def delete_snapshot(self, name: str, snapshot: str) -> None:
+        inner = self._service.inner
+        await self._ask("delete the snapshot", name, lambda: inner.delete_snapshot(name, snapshot), writes=True)
+
     async def acquire_lease(self, name: str, *, proposed_id: str | None = None) -> str:
         inner = self._service.inner
         return await self._ask(

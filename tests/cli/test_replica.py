@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from replicar.formats import vhd
 from replicar.storage import PageBlobStore
 from tests.cli.conftest import Operator, Stored
@@ -28,3 +30,37 @@ async def test_it_is_made_brought_on_and_says_how_far_behind_it_is(
     assert (back.status, back.json["error"]) == (5, "ConflictError")
     refused = await operator("replica", "run", "db1", "--point", "point-5", "--json")
     assert "--once" in refused.json["hint"]
+
+
+async def test_its_points_are_snapshots_that_hold_what_recover_gives(
+    operator: Operator, stored: Stored, store: PageBlobStore, tmp_path: Path
+) -> None:
+    none = await operator("replica", "points", "db1")
+    assert "no earlier points" in none.output
+    wanted = []
+    for name in ("point-2", "point-4"):
+        made = await operator(
+            *("replica", "run", "db1", "--once", "--point", name, "--points-every", "0.000001", "--json")
+        )
+        assert made.status == 0, made.output
+        wanted.append(made.json["sequence"])
+    assert (await operator("replica", "run", "db1", "--once", "--json")).status == 0  # the blobs go on; none is due
+    points = (await operator("replica", "points", "db1", "--json")).json["points"]
+    assert [point["sequence"] for point in points] == wanted
+    shown = (await operator("replica", "points", "db1")).output
+    for point in points:
+        assert str(point["sequence"]) in shown
+        assert [each["disk"] for each in point["snapshots"]] == [0, 1]
+        for each in point["snapshots"]:
+            size = (await store.properties(each["blob"])).size_bytes
+            held = await store.read_snapshot(each["blob"], each["snapshot"], 0, size)
+            raw = tmp_path / f"{point['sequence']}-{each['disk']}.img"
+            recovered = await operator(
+                *("recover", "db1", "--sequence", point["sequence"], "--disk", f"disk{each['disk']}", "--raw", raw)
+            )
+            assert recovered.status == 0, recovered.output
+            content = raw.read_bytes()
+            assert held[: len(content)] == content
+            assert held[len(content) : -512] == bytes(len(held) - 512 - len(content))
+            assert vhd.read_footer(held[-512:]).virtual_bytes == size - 512
+            assert content != await store.read(each["blob"], 0, len(content)), "the blob has gone on"

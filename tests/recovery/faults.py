@@ -8,9 +8,12 @@ from typing import Any, Final
 from replicar.storage import PageBlobStore
 
 _WRITES: Final = frozenset(
-    ("create", "put_pages", "clear_pages", "set_metadata", "delete", "acquire_lease", "break_lease", "release_lease")
+    (
+        *("create", "put_pages", "clear_pages", "set_metadata", "delete", "snapshot", "delete_snapshot"),
+        *("acquire_lease", "break_lease", "release_lease"),
+    )
 )
-_READS: Final = frozenset(("read", "list", "page_ranges", "properties"))
+_READS: Final = frozenset(("read", "list", "page_ranges", "properties", "snapshots", "read_snapshot"))
 
 
 class Stopped(Exception):

@@ -3,6 +3,7 @@ emulator over HTTPS, both bare and inside the decorators that a part uses."""
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -262,6 +263,68 @@ async def test_a_raised_sequence_number_fences_who_writes_below_it(store: PageBl
     assert await store.read("a", 0, 2 * PAGE) == pattern(PAGE, 1) + pattern(PAGE, 3)
 
 
+async def test_a_snapshot_is_what_the_blob_held_whatever_is_written_to_it_later(store: PageBlobStore) -> None:
+    await store.create("a", MIB, metadata={"of": "the blob"})
+    await store.put_pages("a", 0, pattern(2 * PAGE, 1))
+    first = await store.snapshot("a", metadata={"sequence": "1"})
+    await store.put_pages("a", PAGE, pattern(PAGE, 2))
+    await asyncio.sleep(0.005)  # the emulator's ids are milliseconds
+    second = await store.snapshot("a")
+    await store.clear_pages("a", 0, MIB)
+    assert await store.read_snapshot("a", first, 0, MIB) == pattern(2 * PAGE, 1) + bytes(MIB - 2 * PAGE)
+    assert await store.read_snapshot("a", second, PAGE - 1, PAGE + 1) == pattern(2 * PAGE, 1)[
+        PAGE - 1 : PAGE
+    ] + pattern(PAGE, 2)
+    assert await store.read("a", 0, 2 * PAGE) == bytes(2 * PAGE)
+    await store.create("a-neighbour", PAGE)
+    said = [(info.name, info.snapshot, info.size_bytes, dict(info.metadata)) for info in await store.snapshots("a")]
+    assert said == [("a", first, MIB, {"sequence": "1"}), ("a", second, MIB, {"of": "the blob"})]
+    assert [info.snapshot for info in await store.list("a")] == [None, None]
+
+
+async def test_a_blob_that_has_snapshots_is_not_deleted_before_they_are(store: PageBlobStore) -> None:
+    await store.create("a", PAGE)
+    snapshot = await store.snapshot("a")
+    with pytest.raises(PermanentError) as caught:
+        await store.delete("a")
+    assert caught.value.fields["code"] == "SnapshotsPresent"
+    lease = await store.acquire_lease("a")
+    await store.delete_snapshot("a", snapshot)
+    await store.delete_snapshot("a", snapshot)
+    assert await store.snapshots("") == []
+    with pytest.raises(PermanentError) as caught:
+        await store.read_snapshot("a", snapshot, 0, PAGE)
+    assert is_missing(caught.value)
+    await store.delete("a", lease_id=lease)
+    await store.delete_snapshot("a", snapshot)
+
+
+async def test_a_snapshot_is_refused_to_who_lost_the_blob_and_of_a_blob_that_changed(store: PageBlobStore) -> None:
+    await store.create("a", MIB)
+    with pytest.raises(PermanentError) as caught:
+        await store.snapshot("no/such")
+    assert is_missing(caught.value)
+    lease = await store.acquire_lease("a")
+    etag = (await store.properties("a")).etag
+    with pytest.raises(FencedError):
+        await store.snapshot("a", lease_id=str(uuid.uuid4()))
+    await store.snapshot("a", lease_id=lease, if_etag=etag)
+    changes: list[Callable[[], Awaitable[object]]] = [
+        lambda: store.put_pages("a", 0, pattern(PAGE), lease_id=lease),
+        lambda: store.clear_pages("a", 0, PAGE, lease_id=lease),
+        lambda: store.set_metadata("a", {"epoch": "1"}, lease_id=lease),
+    ]
+    for change in changes:
+        etag = (await store.properties("a")).etag
+        await change()
+        with pytest.raises(FencedError):
+            await store.snapshot("a", lease_id=lease, if_etag=etag)
+    await store.break_lease("a")
+    with pytest.raises(FencedError):
+        await store.snapshot("a", lease_id=lease)
+    assert len(await store.snapshots("a")) == 1
+
+
 @pytest.mark.parametrize(("offset", "length"), [(1, 512), (0, 511), (256, 256), (0, 0)])
 async def test_what_is_not_whole_pages_is_refused_and_nothing_changes(
     store: PageBlobStore, offset: int, length: int
@@ -308,3 +371,9 @@ async def test_the_service_version_of_azure_stack_hub_works(azurite: EmulatorPla
         assert await store.page_ranges("a") == [(PAGE, PAGE)]
         assert await store.read("a", PAGE, PAGE) == pattern(PAGE)
         assert [info.name for info in await store.list("")] == ["a"]
+        etag = (await store.properties("a")).etag
+        snapshot = await store.snapshot("a", metadata={"sequence": "1"}, if_etag=etag)
+        assert [(info.name, info.snapshot) for info in await store.snapshots("a")] == [("a", snapshot)]
+        assert await store.read_snapshot("a", snapshot, PAGE, PAGE) == pattern(PAGE)
+        await store.delete_snapshot("a", snapshot)
+        assert await store.snapshots("a") == []

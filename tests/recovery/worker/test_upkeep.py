@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from recovery.chunks import MachineLog
 from recovery.lock import FoldLock
+from recovery.replica.warm import points_kept
 from recovery.retention import Policy as Rules, Rule
 from recovery.upkeep import retention_policy, what_is_left
 from recovery.worker import upkeep
@@ -228,6 +229,35 @@ async def test_keys_are_asked_for_rarely_and_when_they_do_not_fit() -> None:
     scene.clock.ns += int(upkeep.KEYS_SECONDS + 1) * NS
     await works.once()
     assert told.keys_given == 3
+
+
+async def test_a_warm_replica_is_brought_on_and_its_points_kept_and_thinned() -> None:
+    scene = await Scene(26).begin(4)
+    machine = (await Told(scene).upkeep(UpkeepClaim(kind=UpkeepKind.REPLICA, instance="one"))).machine
+    assert machine is not None
+
+    async def round_(point_seconds: float) -> list[int]:
+        log = scene.builder.log
+        stored = {"stored_segment": scene.builder.number - 1, "stored_digest": scene.builder.previous.hex()}
+        await upkeep.bring_on(
+            log, machine.model_copy(update=stored), POLICY, clock=Waiting(scene), point_seconds=point_seconds
+        )
+        return [point.time_ns for point in await points_kept(log, log.store)]
+
+    async def later(seconds: int) -> None:
+        scene.builder.time_ns += seconds * NS
+        scene.builder.write(0, 0, scene.bytes(512))
+        await scene.builder.seal()
+
+    (first,) = await round_(HOUR)
+    await later(HOUR // 2)
+    assert await round_(HOUR) == [first], "an hour has not passed"
+    await later(HOUR)
+    assert await round_(0) == [first], "none are wanted"
+    first_again, second = await round_(HOUR)
+    assert first_again == first
+    await later(11 * HOUR)
+    assert (await round_(HOUR))[:-1] == [second], "the first is older than the policy keeps any"
 
 
 def test_a_stored_policy_is_kept_in_full_where_its_stretches_do_not_divide() -> None:
