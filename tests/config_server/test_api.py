@@ -17,6 +17,7 @@ from replicar.control.messages import (
     AgentAssignment,
     DiskReport,
     MachineProgress,
+    MachineSummary,
     MarkReport,
 )
 from replicar.errors import CorruptionError, PermanentError, TransientError
@@ -287,6 +288,11 @@ async def test_every_role_keeps_to_its_own_routes(cast: Cast) -> None:
         assert refusal.value.fields["status"] == 403
 
 
+def _timeless(summary: MachineSummary) -> MachineSummary:
+    """Without what grows while nobody reports, which a busy machine shows."""
+    return summary.model_copy(update={"signals": tuple((signal.name, signal.level) for signal in summary.signals)})
+
+
 async def test_the_registry_survives_a_restart(vault_directory: Path, clock: SetClock, tmp_path: Path) -> None:
     async with running(vault_directory, clock) as house:
         identity = await house.enrol(tmp_path / "db1", "db1")
@@ -296,13 +302,15 @@ async def test_the_registry_survives_a_restart(vault_directory: Path, clock: Set
             await operator.protect("db1")
             marks = [MarkReport(name="m", sequence=3, time_ns=4)]
             before = await machine.agent_heartbeat(house.machine_heartbeat(marks=marks))
-            seen = (await operator.points("db1"), await operator.key("db1"), await operator.machine("db1"))
+            found = await operator.machine("db1")
+            seen = (await operator.points("db1"), await operator.key("db1"), _timeless(found))
     async with (
         running(vault_directory, clock) as house,
         house.operator() as operator,
         house.client(identity) as machine,
     ):
-        assert (await operator.points("db1"), await operator.key("db1"), await operator.machine("db1")) == seen
+        found = await operator.machine("db1")
+        assert (await operator.points("db1"), await operator.key("db1"), _timeless(found)) == seen
         assert await machine.agent_heartbeat(house.machine_heartbeat()) == before
 
 

@@ -48,7 +48,7 @@ def _demo(directory: Path, form: str = "text") -> Iterator[subprocess.Popen[str]
 
 def test_every_point_is_recovered_in_both_forms_and_judged_equal(tmp_path: Path) -> None:
     with _demo(tmp_path, "json") as process:
-        output, errors = process.communicate(timeout=110)
+        output, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
     report: dict[str, Any] = json.loads(output)
     assert report["ok"] is True

@@ -78,7 +78,7 @@ async def test_what_is_in_transit_shows_where_it_is_and_how_old_it_is(
         await sending
         done = families(server, site)
         assert value(done, f"{_MACHINE}_rpo_seconds") == 0
-        assert value(done, f"{_MACHINE}_upload_failures") == 2
+        assert 1 <= value(done, f"{_MACHINE}_upload_failures") <= 2  # one that ends with another is counted with it
         assert value(done, f"{_MACHINE}_waits") >= 1
         assert value(done, f"{_MACHINE}_waited_seconds") > 0
         segments = value(done, f"{_MACHINE}_segments")
