@@ -54,12 +54,12 @@ class TouchedRegions:
         found = self._file[: len(head)]
         before = grown.size_before(_HEADER, _MAGIC, found, disk_bytes, REGION_BYTES)
         self.known = found == head or before is not None
-        if not self.known:
-            self._file[_PAGE:] = bytes(regions)
-        if found != head:
-            self._file[: len(head)] = head
-            os.fsync(self._fd)
-        self._recorded = bytearray(self._file[_PAGE:])
+        self._recorded = bytearray(self._file[_PAGE:]) if self.known else bytearray(regions)
+        # All of it is written again, even what reads so already: a sync that failed for a former process has left bytes
+        # in the page cache that the kernel holds to be clean, and that a power cut takes.
+        self._file[_PAGE:] = bytes(self._recorded)
+        self._file[: len(head)] = head
+        os.fsync(self._fd)
         self._active = bytearray(self._recorded)
         self._lock = asyncio.Lock()
 

@@ -365,7 +365,7 @@ class Stage:
 
     def _opened(self, opened: Core) -> None:
         self.core = opened
-        began = opened.log.state.anew_sequence
+        began = opened.log.next_sequence if opened.log.survived else opened.log.state.anew_sequence
         for disk, truth in self.truths.items():
             truth.stream_goes_on(began)
             for wrong in truth.differences(self.image(disk)):

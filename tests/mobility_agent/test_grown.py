@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mobility_agent.allocation.skipped import SkippedRegions
 from mobility_agent.digests import CHUNK_BYTES, Digests
@@ -65,3 +67,18 @@ def test_free_space_that_was_left_out_still_is(tmp_path: Path) -> None:
     assert skipped.byte_count == 2 * MIB
     skipped.close()
     regions.close()
+
+
+def test_what_a_record_reads_is_durable_once_it_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a sync that failed the page cache has what no disk has, and calls it clean: it has to be written again."""
+    TouchedRegions(tmp_path / "t", REGION_BYTES).close()
+    stored: list[bytes] = []
+    fsync = os.fsync
+
+    def note(fd: int) -> None:
+        fsync(fd)
+        stored.append(os.pread(fd, 1 << 16, 0))
+
+    monkeypatch.setattr(os, "fsync", note)
+    TouchedRegions(tmp_path / "t", REGION_BYTES).close()
+    assert stored == [(tmp_path / "t").read_bytes()]
