@@ -192,7 +192,8 @@ def _judge(image: Path, kind: str, kept: Kept, place: Path) -> None:
         if kind == "ext4":
             run(need("e2fsck"), "-fp", device)  # as at a boot: the journal is replayed, nothing else is mended
             run("e2fsck", "-fn", device)
-        with mounted(device, place / "again") as where:
+        # XFS mounts no second one of the same identity, and the source may be mounted still.
+        with mounted(device, place / "again", *(["-o", "nouuid"] if kind == "xfs" else [])) as where:
             (where / "data" / "postmaster.pid").unlink(missing_ok=True)
             with postgresql(where / "data", place / "run-again") as server:
                 server.sql("CREATE EXTENSION amcheck")

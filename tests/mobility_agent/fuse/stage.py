@@ -9,6 +9,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.support.tools import need
 #: The smallest that the file system takes.
 SIZES = {"ext4": 96 * MIB, "xfs": 320 * MIB}
 LIMIT_SECONDS = 60
+BUSY_SECONDS = 30
 
 
 class Agent:
@@ -90,14 +92,19 @@ def looped(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def mounted(device: Path, where: Path) -> Iterator[Path]:
-    """The file system on it."""
+def mounted(device: Path, where: Path, *options: str) -> Iterator[Path]:
+    """The file system on it. Whoever used it last, and is gone or about to be, is waited for."""
     where.mkdir(exist_ok=True)
-    run("mount", device, where)
+    run("mount", *options, device, where)
     try:
         yield where
     finally:
-        run("umount", where)
+        for _ in range(BUSY_SECONDS):
+            if subprocess.run(["umount", where], capture_output=True, check=False, timeout=60).returncode == 0:
+                break
+            time.sleep(1)
+        else:
+            run("umount", where)
 
 
 def make_filesystem(kind: str, device: Path) -> None:
