@@ -34,7 +34,7 @@ from simulator.world.calls import Device
 from simulator.world.control import ControlService
 from simulator.world.files import PAGE
 from simulator.world.ledger import Ledger, WatchedStore
-from simulator.world.processes import Process
+from simulator.world.processes import Process, described
 from simulator.world.replaced import replaced
 from simulator.world.truth import Truth, make
 from simulator.world.world import World
@@ -318,6 +318,9 @@ class Stage:
         self._supervise(self.agent_process, self._start_agent)
 
     def _supervise(self, process: Process, start: Callable[[], None]) -> None:
+        """Start it again when it ends; what a power cut ends is started by the next boot alone."""
+        boot = process.machine.boot
+
         def ended() -> None:
             if process is self.agent_process:
                 self.next_sequence()
@@ -326,13 +329,13 @@ class Stage:
             if error is not None:
                 self.world.note(f"{process} ended: {type(error).__name__}: {error}")
                 if not isinstance(error, ReplicarError):
-                    self.violated(f"{process} failed with {_what(error)}")
+                    self.violated(f"{process} failed with {described(error)}")
             if process.machine.is_up:
                 delay = self._supervision.uniform(*RESTART_SECONDS)
                 self.world.loop.call_later(delay, again, context=_NOBODY)
 
         def again() -> None:
-            if process.machine.is_up:
+            if process.machine.is_up and process.machine.boot == boot:
                 start()
 
         process.on_death = ended
@@ -385,16 +388,3 @@ class Stage:
         """While the story is told."""
         with replaced((service, "open_core", self.observed)):
             yield
-
-
-def _what(error: BaseException) -> str:
-    """An unexpected error with the place it comes from."""
-    trace, place = error.__traceback__, ""
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        place = f"{code.co_filename.rpartition('/')[2]}:{trace.tb_lineno} in {code.co_name}"
-        trace = trace.tb_next
-    if isinstance(error, BaseExceptionGroup):
-        with suppress(IndexError):
-            return _what(error.exceptions[0])
-    return f"{type(error).__name__}: {error} ({place})"
