@@ -39,7 +39,7 @@ from replicar.formats import logblob, segment
 from replicar.formats.logblob import BlobHeader, BlobName
 from replicar.log.reader import LogReader, Tail
 from replicar.log.tail import Stored, sound_tail
-from replicar.storage.store import PageBlobStore, is_missing
+from replicar.storage.store import PageBlobStore, is_gone
 
 #: Enough for a few segments, so that a run is worth its name.
 MIN_BLOB_BYTES: Final = 16 << 20
@@ -255,7 +255,7 @@ class LogWriter:
         try:
             await self._store.break_lease(str(other))
         except PermanentError as error:
-            if not is_missing(error):  # else its writer was refused and took it back meanwhile
+            if not is_gone(error):  # else its writer was refused and took it back meanwhile
                 raise
 
     async def _write_header(self, stripe: _Stripe) -> None:
@@ -294,7 +294,7 @@ class LogWriter:
         try:
             return any(await self._store.read(first, 0, logblob.HEADER_BYTES))
         except PermanentError as error:
-            if not is_missing(error):
+            if not is_gone(error):
                 raise
             return False  # removed again, by whoever did not begin it after all
 

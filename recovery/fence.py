@@ -14,7 +14,7 @@ from contextlib import suppress
 from replicar.errors import ConflictError, FencedError, PermanentError
 from replicar.formats import logblob
 from replicar.formats.logblob import BlobName
-from replicar.storage.store import PAGE_BYTES, PageBlobStore, is_missing
+from replicar.storage.store import PAGE_BYTES, PageBlobStore, is_gone
 
 #: No process server writes by it: runs count from 1, and this epoch has none.
 _RUN = 1
@@ -44,5 +44,5 @@ async def fence(store: PageBlobStore, machine_id: uuid.UUID, epoch: int) -> None
             try:
                 await store.break_lease(info.name)
             except PermanentError as error:
-                if not is_missing(error):  # its writer took it back meanwhile
+                if not is_gone(error):  # its writer took it back meanwhile
                     raise

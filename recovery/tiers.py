@@ -27,7 +27,7 @@ from replicar.formats import columns, indexblob
 from replicar.formats.fields import Fields
 from replicar.formats.indexblob import Root
 from replicar.log.index import key_of
-from replicar.storage.store import is_missing
+from replicar.storage.store import is_gone
 
 PAGES_KEPT: Final = 256
 _COLUMNS: Final = 4
@@ -159,7 +159,7 @@ class Pages:
         try:
             sealed = await self._log.store.read(name, int(entry["offset"]), int(entry["sealed_bytes"]))
         except PermanentError as error:
-            if not is_missing(error):
+            if not is_gone(error):
                 raise
             raise CorruptionError(
                 f"index blob {name} is not there any more",

@@ -8,6 +8,9 @@ of the stream of its own (`stream_of`): frames out of the log, with the gaps and
 - whatever the catalogue calls stored and offered recovers too;
 - some sequences in between, drawn, likewise;
 - the latest state is the disks as they are, byte for byte.
+
+Where the log was folded, the stream is read from the copy that storage's inside has of it, and what is offered is what
+retention left (`retained`).
 """
 
 from __future__ import annotations
@@ -18,22 +21,19 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Final
 
-from config_server import machines as registry_machines, parties
-from config_server.registry import Registry
-from config_server.vault import REGISTRY_FILE, Vault
 from recovery.chunks import MachineLog
 from recovery.points import AtSequence, Latest, Named, Request, locate, survey
 from recovery.view import View
 from replicar.control.client import ControlClient
-from replicar.control.keys import key_number
 from replicar.control.messages import PointList
 from replicar.errors import PermanentError, ReplicarError
 from replicar.formats import frame, record
 from replicar.formats.frame import Flag, Kind
 from replicar.log.reader import LogReader
 from replicar.storage.store import PageBlobStore
+from simulator import registered, retained
+from simulator.retained import Left
 from simulator.stage import Stage
-from simulator.world import cast
 
 #: Virtual seconds within which everything has to be at rest once all is mended.
 SETTLE_SECONDS: Final = 240.0
@@ -42,6 +42,8 @@ OPERATOR_SECONDS: Final = 60.0
 #: Marks, and sequences that nobody marked, recovered for each story; of the others only what is offered is looked at.
 MARKS: Final = 2
 SEQUENCES: Final = 1
+#: States that a fold kept, likewise.
+KEPT: Final = 2
 
 
 @dataclass(slots=True)
@@ -50,6 +52,8 @@ class Stream:
 
     marks: dict[str, tuple[int, bool]] = field(default_factory=dict)  # sequence, inside a gap
     sequences: list[int] = field(default_factory=list)
+    mark_times: dict[int, int] = field(default_factory=dict)  # of marks outside gaps, by sequence
+    latest_ns: int = 0
     last: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -114,6 +118,7 @@ async def stream_of(store: PageBlobStore, machine_id: uuid.UUID, keys: dict[int,
                     found.problems.append(f"the stream goes on at {first} where {following} is due")
                 in_gap = True
             following = item.header.next_sequence
+            found.latest_ns = max(found.latest_ns, int(item.table["time_ns"].max(initial=0)))
             for row, (_, length, _, place, _, kind, flags) in enumerate(item.table.tolist()):
                 sequence = first + row
                 if kind == Kind.GAP:
@@ -121,6 +126,8 @@ async def stream_of(store: PageBlobStore, machine_id: uuid.UUID, keys: dict[int,
                 elif kind == Kind.MARK:
                     mark = record.read_mark(bytes(item.payload[place : place + length]))
                     found.marks.setdefault(mark.name, (sequence, in_gap))
+                    if not in_gap:
+                        found.mark_times[sequence] = int(item.table["time_ns"][row])
                 elif not in_gap:
                     if flags & Flag.SEED:
                         found.problems.append(f"sequence {sequence} is a background copy outside of gaps")
@@ -132,29 +139,38 @@ async def stream_of(store: PageBlobStore, machine_id: uuid.UUID, keys: dict[int,
 async def judge(stage: Stage) -> int:
     """Hold everything that is offered against the truth; how many points that were."""
     store, machine_id = stage.world.blobs.inner, stage.machine_id
-    keys = machine_keys(stage)
+    keys = registered.machine_keys(stage.world, stage.machine)
     if keys is None:
         return 0
     log = MachineLog(store, machine_id, keys)
     try:
-        stream = await stream_of(store, machine_id, keys)
+        stream = await stream_of(stage.ledger.copy or store, machine_id, keys)
+        left = Left.of(await stage.upkeep.fold()) if stage.upkeep is not None else Left()
     except ReplicarError as error:
         stage.violated(f"the log can't be read: {error}")
         return 0
-    for problem in stream.problems:
+    for problem in [
+        *stream.problems,
+        *retained.problems(stage.story.upkeep, left, stream.mark_times, stream.latest_ns),
+    ]:
         stage.violated(problem)
     draw = random.Random(f"{stage.story.seed} judgement")
     tried = 0
     history = await survey(log)
     offered = {mark.name: (mark.place.sequence, mark.in_gap) for mark in reversed(history.marks)}
-    if offered != stream.marks:
-        stage.violated(f"recovery has the marks {offered}, and the log says {stream.marks}")
+    offered = {name: place for name, place in offered.items() if left.has(place[0])}
+    wanted = {name: place for name, place in stream.marks.items() if left.has(place[0])}
+    if offered != wanted:
+        stage.violated(f"recovery has the marks {offered}, and the log says {wanted}")
     marks = sorted(stream.marks.items())
-    for name, (sequence, in_gap) in draw.sample(marks, min(MARKS, len(marks))):
-        tried += await _try(stage, log, Named(name), f"point {name}", sequence, offered=not in_gap)
-    for sequence in sorted(draw.sample(stream.sequences, min(SEQUENCES, len(stream.sequences)))):
-        tried += await _try(stage, log, AtSequence(sequence), f"sequence {sequence}", sequence, offered=True)
-    await _judge_catalogue(stage, stream)
+    for name, (sequence, in_gap) in draw.sample(marks, min(MARKS if not left.kept else 2 * MARKS, len(marks))):
+        offer = not in_gap and left.has(sequence)
+        tried += await _try(stage, log, Named(name), f"point {name}", sequence, offered=offer)
+    sequences = draw.sample(stream.sequences, min(SEQUENCES, len(stream.sequences)))
+    for sequence in sorted({*sequences, *draw.sample(left.kept, min(KEPT, len(left.kept)))}):
+        offer = left.has(sequence)
+        tried += await _try(stage, log, AtSequence(sequence), f"sequence {sequence}", sequence, offered=offer)
+    await _judge_catalogue(stage, stream, left)
     await _judge_latest(stage, log)
     return tried + 1
 
@@ -170,8 +186,15 @@ async def _try(stage: Stage, log: MachineLog, request: Request, what: str, seque
         stage.violated(f"{what} can't be recovered: {error}")
         return 0
     if not offered:
-        stage.violated(f"{what} lies in a gap and is offered")
-    view = View(log, state, memory_bytes=16 << 20)
+        stage.violated(f"{what} lies in a gap, or was thinned, and is offered")
+    try:
+        await _compare(stage, View(log, state, memory_bytes=16 << 20), what, sequence)
+    except ReplicarError as error:
+        stage.violated(f"{what} can't be read: {error}")
+    return 1
+
+
+async def _compare(stage: Stage, view: View, what: str, sequence: int) -> None:
     for disk in view.disks:
         truth = stage.truths.get(disk.name)
         if truth is None:
@@ -181,33 +204,29 @@ async def _try(stage: Stage, log: MachineLog, request: Request, what: str, seque
             stage.violated(f"{what} (sequence {sequence}), disk {disk.name}: {wrong}")
     if {disk.name for disk in view.disks} != set(stage.truths):
         stage.violated(f"{what} has the disks {sorted(disk.name for disk in view.disks)}")
-    return 1
 
 
 async def _judge_latest(stage: Stage, log: MachineLog) -> None:
     try:
-        state = await locate(log, Latest())
+        view = View(log, await locate(log, Latest()), memory_bytes=16 << 20)
+        images = {disk.name: await view.read(disk, 0, disk.size_bytes) for disk in view.disks}
     except ReplicarError as error:
         stage.violated(f"the latest state can't be recovered: {error}")
         return
-    view = View(log, state, memory_bytes=16 << 20)
-    for disk in view.disks:
-        if await view.read(disk, 0, disk.size_bytes) != stage.image(disk.name):
-            truth = stage.truths[disk.name]
-            got, wanted = (
-                truth.numbers(await view.read(disk, 0, disk.size_bytes)),
-                truth.numbers(stage.image(disk.name)),
-            )
+    for name, image in images.items():
+        truth = stage.truths[name]
+        if image != stage.image(name):
+            got, wanted = truth.numbers(image), truth.numbers(stage.image(name))
             places = [int(place) for place in (got != wanted).nonzero()[0][:3]]
             stage.violated(
-                f"the latest state of disk {disk.name} is not the disk: sectors {places} hold writes "
+                f"the latest state of disk {name} is not the disk: sectors {places} hold writes "
                 f"{[int(got[place]) for place in places]} for {[int(wanted[place]) for place in places]}"
             )
-        for wrong in stage.truths[disk.name].differences(stage.image(disk.name)):
-            stage.violated(f"disk {disk.name} itself: {wrong}")
+        for wrong in truth.differences(stage.image(name)):
+            stage.violated(f"disk {name} itself: {wrong}")
 
 
-async def _judge_catalogue(stage: Stage, stream: Stream) -> None:
+async def _judge_catalogue(stage: Stage, stream: Stream, left: Left) -> None:
     """What the config server offers as stored is offered by the log."""
     found: list[PointList] = []
 
@@ -230,20 +249,5 @@ async def _judge_catalogue(stage: Stage, stream: Stream) -> None:
             stage.violated(f"the catalogue has {point.name} at {point.sequence}, the log at {sequence}")
         elif in_gap:
             stage.violated(f"the catalogue offers {point.name}, which lies in a gap")
-
-
-def machine_keys(stage: Stage) -> dict[int, bytes] | None:
-    """The machine's key out of the registry; None if it was never protected."""
-    directory = stage.world.machines[cast.CONFIG_SERVER].directory / "vault"
-    vault, registry = Vault.load(directory), Registry(directory / REGISTRY_FILE)
-    try:
-        key = registry.run(
-            lambda connection: registry_machines.machine_key(
-                connection, vault, parties.machine_named(connection, stage.machine)
-            )
-        )
-    except PermanentError:
-        return None
-    finally:
-        registry.close()
-    return {key_number(key.key_id): key.data_key_bytes()}
+        elif not left.has(sequence):
+            stage.violated(f"the catalogue offers {point.name}, which retention gave up")

@@ -120,6 +120,8 @@ async def _tell(stage: Stage) -> int:
         await _rest(stage)
         await settle(stage)
         watching.cancel()
+        if stage.upkeep is not None:
+            await stage.upkeep.rest()
         with remembering():
             return await judge(stage)
 

@@ -15,19 +15,18 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final
 
-from config_server import machines as registry_machines
 from config_server.bells import Topic
-from config_server.registry import Registry
-from config_server.vault import REGISTRY_FILE
 from mobility_agent import service
 from mobility_agent.core import Core, open_core
 from replicar.control.client import ControlClient
 from replicar.control.identity import Identity
 from replicar.errors import ReplicarError
+from simulator import registered
 from simulator.faults.catalogue import CATALOGUE, Fault
 from simulator.story import DiskPlan, Story
+from simulator.upkeep import Upkeep
 from simulator.workload import SECTOR_BYTES
-from simulator.world import cast, parts
+from simulator.world import cast, folder, parts
 from simulator.world.application import Application, Numbers
 from simulator.world.blobs import STORAGE, Weather
 from simulator.world.calls import Device
@@ -77,6 +76,7 @@ class Stage:
         world.blobs.inner = WatchedStore("logs", clock=world.blobs.inner._clock, ledger=self.ledger)
         for disk in story.disks:
             self._make_disk(disk)
+        self.upkeep = Upkeep(self) if story.upkeep is not None else None
 
     # --- what the truth asks ---
 
@@ -111,6 +111,8 @@ class Stage:
         for name in self.servers_by_name:
             self._start_server(name)
         self._start_agent()
+        if self.upkeep is not None:
+            self.upkeep.start()
 
     def server_process(self, name: str) -> Process | None:
         found = self._servers.get(name)
@@ -154,7 +156,7 @@ class Stage:
                     group.create_task(application.run())
 
         process = self._application_process = self.world.start(self.machine, "application", main)
-        self._supervise(process, self.start_application)
+        self.supervise(process, self.start_application)
 
     async def lose_power(self, name: str, seconds: float) -> None:
         """A machine is off for a while."""
@@ -175,35 +177,6 @@ class Stage:
         else:
             self._start_server(name)
 
-    async def take_over(self, draw: random.Random) -> None:
-        """What moving a machine to another process server does to the registry: a new server, a new epoch."""
-        if self.config is None or not self.config.process.alive:
-            return
-        path = self.world.machines[cast.CONFIG_SERVER].directory / "vault" / REGISTRY_FILE
-        registry = Registry(path)
-        try:
-            row = registry.connection.execute(
-                "SELECT process_server_id FROM machines WHERE id = ?", (str(self.machine_id),)
-            ).fetchone()
-            now = row["process_server_id"]
-            ids = {name: cast.who(name).id for name in self.servers_by_name}
-            others = [server for server in ids.values() if str(server) != now]
-            if now is None or not others:
-                return
-            target = draw.choice(others) if draw.random() < 0.9 else uuid.UUID(now)
-            registry.run(
-                lambda connection: connection.execute(
-                    "UPDATE machines SET process_server_id = ?, epoch = epoch + 1 WHERE id = ?",
-                    (str(target), str(self.machine_id)),
-                )
-            )
-        finally:
-            registry.close()
-        name = next(name for name, server in ids.items() if server == target)
-        self.world.note(f"{self.machine} is given to {name}")
-        for party in (*ids.values(), self.machine_id):
-            self.config.context.bells.ring(Topic.INSTRUCTIONS, party)
-
     def enrol_again(self) -> None:
         """The operator enrols the machine again under its name, as a hint says."""
         world, vault = self.world, self.world.machines[cast.CONFIG_SERVER].directory / "vault"
@@ -211,14 +184,9 @@ class Stage:
         world.note(f"{self.machine} is enrolled again")
         self._who = cast.enrol_again(vault, self.machine, place, world.clocks[cast.CONFIG_SERVER])
         world.machines[self.machine].files.adopt()
-        if self.config is not None:
-            registry = Registry(vault / REGISTRY_FILE)
-            try:
-                server = registry.run(lambda connection: registry_machines.server_of(connection, self.machine_id))
-            finally:
-                registry.close()
-            if server is not None:
-                self.config.context.bells.ring(Topic.INSTRUCTIONS, server)
+        server = registered.server_of(world, self.machine_id)
+        if self.config is not None and server is not None:
+            self.config.context.bells.ring(Topic.INSTRUCTIONS, server)
 
     # --- the operator ---
 
@@ -242,6 +210,15 @@ class Stage:
                 await asyncio.sleep(0.5)
             else:
                 return
+
+    def move(self, server: str | None) -> None:
+        """`replicar move`: give the machine to that process server, or to whichever the config server chooses."""
+
+        async def ask(client: ControlClient) -> None:
+            found = await client.move(self.machine, server)
+            self.world.note(f"{self.machine} is with {found.process_server} now")
+
+        self.operate(f"move to {server}", ask)
 
     async def ask_for_mark(self, name: str) -> None:
         """Ask for a point, once; what became of it is in `marks`."""
@@ -293,7 +270,7 @@ class Stage:
             await parts.run_config(process, self.world.clocks[cast.CONFIG_SERVER], self.world.services, listening)
 
         self.config_process = self.world.start(cast.CONFIG_SERVER, "config-server", main)
-        self._supervise(self.config_process, self._start_config)
+        self.supervise(self.config_process, self._start_config)
 
     def _start_server(self, name: str) -> None:
         stop = asyncio.Event()
@@ -304,7 +281,7 @@ class Stage:
 
         process = self.world.start(name, "process-server", main)
         self._servers[name] = (process, stop)
-        self._supervise(process, lambda: self._start_server(name))
+        self.supervise(process, lambda: self._start_server(name))
 
     def _start_agent(self) -> None:
         seed = self._supervision.getrandbits(32)
@@ -315,10 +292,13 @@ class Stage:
 
         self.agent_process = self.world.start(self.machine, "agent", main)
         self.agent_process.identity = getattr(self, "_who", self.agent_process.identity)
-        self._supervise(self.agent_process, self._start_agent)
+        self.supervise(self.agent_process, self._start_agent)
 
-    def _supervise(self, process: Process, start: Callable[[], None]) -> None:
-        """Start it again when it ends; what a power cut ends is started by the next boot alone."""
+    def supervise(self, process: Process, start: Callable[[], None]) -> None:
+        """Have a process started again when it ends; an end that is no declared error breaks a promise.
+
+        What a power cut ends is started by the next boot, and not by the supervisor of an earlier one as well.
+        """
         boot = process.machine.boot
 
         def ended() -> None:
@@ -386,5 +366,5 @@ class Stage:
     @contextmanager
     def standing(self) -> Iterator[None]:
         """While the story is told."""
-        with replaced((service, "open_core", self.observed)):
+        with replaced((service, "open_core", self.observed), *folder.SPANS):
             yield

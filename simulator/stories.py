@@ -21,6 +21,7 @@ from simulator.story import DiskPlan, Story
 from simulator.traces import record
 from simulator.traces.replay import Replay
 from simulator.workloads import Kind, Workload
+from simulator.world.folder import UpkeepPlan
 from simulator.world.parts import AgentPlan, ServerPlan
 
 
@@ -70,6 +71,7 @@ def _story(data: dict[str, Any]) -> Story:
         server=ServerPlan(**data["server"]),
         marks=tuple(data["marks"]),
         faults=faults,
+        upkeep=UpkeepPlan(**data["upkeep"]) if data.get("upkeep") else None,
     )
 
 

@@ -11,9 +11,10 @@ import random
 from dataclasses import dataclass, replace
 from typing import Final
 
-from simulator.faults.catalogue import CATALOGUE, Fault
+from simulator.faults.catalogue import CATALOGUE, Fault, kinds_of
 from simulator.traces.replay import Replay
 from simulator.workloads import Kind, Workload
+from simulator.world.folder import UpkeepPlan
 from simulator.world.parts import AgentPlan, ServerPlan
 
 #: How long the faults go on, in virtual seconds; settling and judging come on top.
@@ -22,6 +23,9 @@ STORY_SECONDS: Final = 60.0
 FIRST_FAULT_SECONDS: Final = 2.0
 LEAST_FAULTS: Final = 10
 MOST_FAULTS: Final = 16
+#: Of stories: how many have somebody keep the log up, and how many faults of that come on top.
+UPKEEP_SHARE: Final = 0.3
+UPKEEP_FAULTS: Final = 3
 _KIB: Final = 1024
 
 
@@ -37,7 +41,7 @@ class DiskPlan:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """See the module. `marks` are when the operator asks for a point."""
+    """See the module. `marks` are when the operator asks for a point; `upkeep`: how the log is folded, if it is."""
 
     seed: int
     seconds: float
@@ -46,6 +50,7 @@ class Story:
     server: ServerPlan
     marks: tuple[float, ...]
     faults: tuple[Fault, ...]
+    upkeep: UpkeepPlan | None = None
 
     def without(self, faults: tuple[Fault, ...]) -> Story:
         """The same story with these faults only."""
@@ -56,6 +61,8 @@ class Story:
             f"{disk.name} of {disk.size_bytes >> 10} KiB under {disk.workload.kind}" for disk in self.disks
         )
         lines = [f"seed {self.seed}: {disks}; {len(self.faults)} faults in {self.seconds:g} s"]
+        if self.upkeep is not None:
+            lines.append(f"  folded{' by a worker and by hand' if self.upkeep.by_hand else ' by a worker'}")
         lines += [f"  {fault}" for fault in self.faults]
         return "\n".join(lines)
 
@@ -87,8 +94,29 @@ def story_of(seed: int, *, kinds: tuple[str, ...] | None = None, workload: Workl
         compression_level=draw.choice((0, 1)),
     )
     marks = tuple(sorted(draw.uniform(3.0, STORY_SECONDS) for _ in range(draw.randint(1, 5))))
-    faults = _faults(draw, kinds or tuple(CATALOGUE))
-    return Story(seed, STORY_SECONDS, disks, agent, server, marks, faults)
+    faults = _faults(draw, kinds or kinds_of())
+    story = Story(seed, STORY_SECONDS, disks, agent, server, marks, faults)
+    return _kept_up(story, kinds)
+
+
+def _kept_up(story: Story, kinds: tuple[str, ...] | None) -> Story:
+    """The story with its upkeep, if it has any. It draws from a stream of its own, so the rest of the story stays."""
+    draw, those = random.Random(f"{story.seed} upkeep"), kinds_of("upkeep")
+    if draw.random() >= UPKEEP_SHARE if kinds is None else not set(those) & set(kinds):
+        return story
+    plan = UpkeepPlan(
+        every_seconds=draw.choice((2.0, 4.0, 8.0)),
+        checkpoint_segments=draw.choice((1, 2, 4)),
+        window_seconds=draw.choice((4.0, 8.0, 15.0)),
+        stretch_seconds=draw.choice((4.0, 8.0)),
+        until_seconds=draw.choice((20.0, 60.0)),
+        grace_seconds=draw.choice((1.0, 3.0, 8.0)),
+        by_hand=draw.random() < 0.5,
+    )
+    more = [_fault(draw, draw.choice(those), MOST_FAULTS + number) for number in range(draw.randint(0, UPKEEP_FAULTS))]
+    marks = [draw.uniform(3.0, STORY_SECONDS - 10.0) for _ in range(draw.randint(2, 6))]
+    faults = tuple(sorted((*story.faults, *(more if kinds is None else ())), key=lambda fault: fault.at))
+    return replace(story, upkeep=plan, faults=faults, marks=tuple(sorted((*story.marks, *marks))))
 
 
 def _disk(name: str, draw: random.Random) -> DiskPlan:
@@ -107,7 +135,10 @@ def _faults(draw: random.Random, kinds: tuple[str, ...]) -> tuple[Fault, ...]:
     chosen = draw.sample(kinds, min(len(kinds), draw.randint(2, 8)))
     faults = []
     for number in range(draw.randint(LEAST_FAULTS, MOST_FAULTS)):
-        kind = draw.choice(chosen)
-        at = draw.uniform(FIRST_FAULT_SECONDS, STORY_SECONDS - 5.0)
-        faults.append(Fault(kind, round(at, 3), CATALOGUE[kind].seconds(draw), number))
+        faults.append(_fault(draw, draw.choice(chosen), number))
     return tuple(sorted(faults, key=lambda fault: fault.at))
+
+
+def _fault(draw: random.Random, kind: str, number: int) -> Fault:
+    at = draw.uniform(FIRST_FAULT_SECONDS, STORY_SECONDS - 5.0)
+    return Fault(kind, round(at, 3), CATALOGUE[kind].seconds(draw), number)

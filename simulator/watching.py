@@ -17,6 +17,8 @@ async def watch(stage: Stage) -> None:
     stored, seen = 0, None
     while True:
         await asyncio.sleep(LOOK_SECONDS)
+        if stage.upkeep is not None:
+            await stage.upkeep.look()
         core = stage.core
         if core is not seen:  # an agent that starts again begins with what its log begins with
             stored, seen = 0, core

@@ -46,7 +46,7 @@ from replicar.formats.frame import Kind
 from replicar.formats.record import Disk
 from replicar.log.index import open_index
 from replicar.log.reader import LogReader, Start
-from replicar.storage.store import PageBlobStore, is_missing
+from replicar.storage.store import PageBlobStore, is_gone
 
 #: What is written of zeros in one request.
 ZERO_BYTES: Final = 4 << 20
@@ -279,7 +279,7 @@ class WarmReplica:
                 if disk.index not in self._blobs:
                     self._blobs[disk.index] = await FencedBlob.take(self._store, self.blob_name(disk))
         except PermanentError as error:
-            if is_missing(error):
+            if is_gone(error):
                 return False
             raise
         return True
@@ -356,7 +356,7 @@ async def read_journal(log: MachineLog, store: PageBlobStore) -> ReplicaRecord |
     try:
         return newest(await store.read(journal_name(log), 0, BLOB_BYTES))[1]
     except PermanentError as error:
-        if is_missing(error):
+        if is_gone(error):
             return None
         raise
 

@@ -42,7 +42,7 @@ from replicar.errors import CorruptionError, PermanentError
 from replicar.formats import vhd
 from replicar.formats.record import Disk
 from replicar.storage.entra import TokenCredential, credential
-from replicar.storage.store import PageBlobStore, is_missing
+from replicar.storage.store import PageBlobStore, is_gone
 from replicar.storage.target import StorageTarget, open_store
 
 SYSTEMS: Final = ("Linux", "Windows")
@@ -258,7 +258,7 @@ async def is_whole(store: PageBlobStore, name: str, size: int) -> bool:
     except CorruptionError:
         return False
     except PermanentError as error:
-        if is_missing(error):
+        if is_gone(error):
             return False
         raise
     return footer.virtual_bytes == size and str(footer.unique_id) == known

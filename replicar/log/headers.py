@@ -30,7 +30,7 @@ from replicar.errors import ConflictError, FencedError, PermanentError, Transien
 from replicar.formats import indexblob, logblob
 from replicar.formats.indexblob import IndexName
 from replicar.formats.logblob import BlobName
-from replicar.storage.store import BlobInfo, PageBlobStore, is_missing
+from replicar.storage.store import BlobInfo, PageBlobStore, is_gone
 
 #: Rounds of listing and deleting; a writer that was shut out leaves one blob more at most.
 ROUNDS: Final = 5
@@ -99,7 +99,7 @@ async def _rewrap_index(
     except FencedError:
         return Rewrapped(in_use=1)
     except PermanentError as error:
-        if not is_missing(error):
+        if not is_gone(error):
             raise
         return Rewrapped()  # a fold removed it meanwhile
     return Rewrapped(changed=1)
@@ -168,5 +168,5 @@ async def _destroy(store: PageBlobStore, name: str) -> None:
     except FencedError as error:
         raise TransientError(f"somebody took {name} back while it was destroyed", hint="do it again") from error
     except Exception as error:
-        if not is_missing(error):  # else it is gone already
+        if not is_gone(error):  # else it is gone already
             raise

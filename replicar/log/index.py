@@ -21,7 +21,7 @@ from replicar.formats import indexblob
 from replicar.formats.fields import Fields
 from replicar.formats.indexblob import BlobKind, IndexHeader, IndexName, Root
 from replicar.log.reader import LogReader, Start, Tail
-from replicar.storage.store import PageBlobStore, is_missing
+from replicar.storage.store import PageBlobStore, is_gone
 
 #: What the first request for a checkpoint or fold reads; most of them are smaller.
 FIRST_READ_BYTES: Final = 64 << 10
@@ -159,7 +159,7 @@ async def read_root(
             return None
         return await open_root(store, keys, header, data)
     except PermanentError as error:
-        if is_missing(error):
+        if is_gone(error):
             return None
         raise
 
@@ -254,7 +254,7 @@ async def read_index_header(store: PageBlobStore, name: IndexName) -> IndexHeade
     try:
         return indexblob.read_header(await store.read(str(name), 0, indexblob.HEADER_BYTES), name)
     except PermanentError as error:
-        if is_missing(error):
+        if is_gone(error):
             return None
         raise
 

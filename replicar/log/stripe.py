@@ -7,7 +7,7 @@ from typing import Final
 from replicar.errors import CorruptionError, PermanentError
 from replicar.formats import logblob, segment
 from replicar.formats.segment import SegmentHeader
-from replicar.storage.store import PageBlobStore, is_missing
+from replicar.storage.store import PageBlobStore, is_gone
 
 #: What one request reads at least; a table of a segment full of 4 KiB writes is about 20 KiB.
 WINDOW_BYTES: Final = 64 << 10
@@ -21,7 +21,7 @@ async def read_listed(store: PageBlobStore, name: str, offset: int, length: int)
     try:
         return await store.read(name, offset, length)
     except PermanentError as error:
-        if is_missing(error):
+        if is_gone(error):
             raise GoneError from error
         raise
 

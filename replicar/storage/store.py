@@ -184,6 +184,15 @@ def is_missing(error: BaseException) -> bool:
     return isinstance(error, PermanentError) and error.fields.get("reason") in (BLOB_MISSING, CONTAINER_MISSING)
 
 
+def is_gone(error: BaseException) -> bool:
+    """Whether the error says that a blob is not there, in a container that is.
+
+    Whoever takes a missing blob for an answer ("it was removed", "there never was one") asks this. A container that is
+    away for a moment, deleted by mistake say and being restored, says nothing about its blobs.
+    """
+    return isinstance(error, PermanentError) and error.fields.get("reason") == BLOB_MISSING
+
+
 def outcome_is_certain(error: BaseException) -> bool:
     """Whether the failed request is known not to have been carried out, now or later. False when nobody knows."""
     certain = getattr(error, "fields", {}).get("outcome_certain", False)

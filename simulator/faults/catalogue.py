@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from simulator.faults import control, deaths, disks, links, storage
+from simulator.faults import control, deaths, disks, links, storage, upkeep
 
 if TYPE_CHECKING:
     from simulator.stage import Stage
@@ -21,11 +21,12 @@ Injector = Callable[["Stage", random.Random, float], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How one kind is injected, and between which seconds it lasts."""
+    """How one kind is injected, between which seconds it lasts, and what a story must have for it: a field's name."""
 
     inject: Injector
     shortest: float = 0.0
     longest: float = 0.0
+    of: str = ""
 
     def seconds(self, draw: random.Random) -> float:
         return round(draw.uniform(self.shortest, self.longest), 3)
@@ -78,4 +79,11 @@ CATALOGUE: Final[Mapping[str, Kind]] = {
     "config_killed": Kind(control.config_killed),
     "takeover": Kind(control.takeover),
     "clock_jumps": Kind(control.clock_jumps),
+    "folder_killed": Kind(upkeep.folder_killed, of="upkeep"),
+    "folder_cut_off": Kind(upkeep.folder_cut_off, 2.0, 20.0, of="upkeep"),
 }
+
+
+def kinds_of(part: str = "") -> tuple[str, ...]:
+    """The kinds that every story may have, or those of a part that only some stories have."""
+    return tuple(name for name, kind in CATALOGUE.items() if kind.of == part)

@@ -6,7 +6,8 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
-from simulator.world.cast import CONFIG_SERVER
+from simulator.registered import server_of
+from simulator.world.cast import CONFIG_SERVER, who
 
 if TYPE_CHECKING:
     from simulator.stage import Stage
@@ -37,12 +38,21 @@ async def config_killed(stage: Stage, draw: random.Random, seconds: float) -> No
 
 
 async def takeover(stage: Stage, draw: random.Random, seconds: float) -> None:
-    """The machine is given to the other process server, in a new epoch; the old one may not know of it yet.
+    """`replicar move`: the machine is given to the other process server, in a new epoch; the old one may not know of it
+    yet. Now and then the operator gives it back at once, or leaves the choice to the config server.
 
     At most one of them writes: the older is refused by the store itself. Nothing that was stored is missing, and what
     only the older had received comes again from the agent.
     """
-    await stage.take_over(draw)
+    now = server_of(stage.world, stage.machine_id)
+    names = [name for name in stage.servers_by_name if who(name).id != now]
+    if now is None or not names:
+        return
+    chance = draw.random()
+    stage.move(draw.choice(names) if chance < 0.9 else None)
+    if chance < 0.1:
+        await asyncio.sleep(draw.uniform(0.1, 2.0))
+        stage.move(next(name for name in stage.servers_by_name if who(name).id == now))
 
 
 async def clock_jumps(stage: Stage, draw: random.Random, seconds: float) -> None:

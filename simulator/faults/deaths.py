@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 _PATIENCE_SECONDS: Final = 3.0
 
 
-async def _kill(stage: Stage, process: Process | None, draw: random.Random) -> None:
+async def kill(stage: Stage, process: Process | None, draw: random.Random) -> None:
+    """SIGKILL, at once or at one of the next calls."""
     if process is None or not process.alive:
         return
     if draw.random() < 0.3:
@@ -33,7 +34,7 @@ async def agent_killed(stage: Stage, draw: random.Random, seconds: float) -> Non
 
     Nothing that was acknowledged is lost, order is kept: no gap begins because of it.
     """
-    await _kill(stage, stage.agent_process, draw)
+    await kill(stage, stage.agent_process, draw)
 
 
 async def agent_stopped(stage: Stage, draw: random.Random, seconds: float) -> None:
@@ -49,7 +50,7 @@ async def server_killed(stage: Stage, draw: random.Random, seconds: float) -> No
 
     It takes up its cache and the log's end; agents go on where it says.
     """
-    await _kill(stage, stage.server_process(draw.choice(stage.servers_by_name)), draw)
+    await kill(stage, stage.server_process(draw.choice(stage.servers_by_name)), draw)
 
 
 async def server_stopped(stage: Stage, draw: random.Random, seconds: float) -> None:

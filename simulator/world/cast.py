@@ -1,4 +1,4 @@
-"""Who is who: a vault with a machine and two process servers enrolled, made once and copied for every story.
+"""Who is who: a vault with machines, two process servers and a worker enrolled, made once and copied for every story.
 
 Made by the config server's own code, in a process of the world, so that ids and data keys follow from a constant. What
 OpenSSL draws by itself, the private keys, differs from run to run; nobody sees it, since the world has no TLS.
@@ -31,6 +31,8 @@ CONTROL_PORT: Final = 443
 MACHINES: Final = ("db1", "db2")
 SERVERS: Final = ("ps1", "ps2")
 OPERATOR: Final = "operator"
+#: A recovery worker, and the machine that it is on where a story has one.
+WORKER: Final = "hands"
 
 
 class Who:
@@ -68,6 +70,7 @@ def _build(place: Path, clock: Any) -> None:
             *((name, Role.MACHINE) for name in MACHINES),
             *((name, Role.PROCESS_SERVER) for name in SERVERS),
             (OPERATOR, Role.OPERATOR),
+            (WORKER, Role.RECOVERY),
         ):
             new_identity(vault, registry, role, name, place / name, address=address, clock=clock)
     finally:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import unquote
 
-from config_server import operator_routes, part_routes, parties
+from config_server import operator_routes, part_routes, parties, upkeep_routes
 from config_server.api import _STATUS, Call, Context, Route
 from replicar.control.message import Message
 from replicar.control.transport import ANSWER_SECONDS, CONNECT_SECONDS, Transport
@@ -24,7 +24,8 @@ from simulator.world.network import VirtualNetwork
 from simulator.world.processes import Process, current
 
 _ROUTES: Final = [
-    (route, tuple(route.path.strip("/").split("/"))) for route in part_routes.ROUTES + operator_routes.ROUTES
+    (route, tuple(route.path.strip("/").split("/")))
+    for route in part_routes.ROUTES + operator_routes.ROUTES + upkeep_routes.ROUTES
 ]
 _Answer = tuple[int, bytes, dict[str, str]]
 

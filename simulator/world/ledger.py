@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import uuid
 from bisect import insort
+from collections.abc import Mapping
 
 from replicar.errors import CorruptionError
 from replicar.formats import frame, logblob, sections
 from replicar.storage.memory import MemoryStore
-from replicar.storage.store import Pages
+from replicar.storage.store import PAGE_BYTES, Pages
 
 
 class Ledger:
@@ -25,6 +26,8 @@ class Ledger:
     def __init__(self) -> None:
         self.violations: list[str] = []
         self.segments = 0
+        self.freed = 0  # how often something of a log was cleared or deleted
+        self.copy: MemoryStore | None = None
         self._reached: dict[uuid.UUID, int] = {}
         self._spans: dict[uuid.UUID, list[tuple[int, int]]] = {}
         self._newest: dict[uuid.UUID, tuple[int, int]] = {}
@@ -47,6 +50,11 @@ class Ledger:
             self.violations.append(f"{name} at {offset} was written after run {newest} had begun")
         if offset:
             self._segment(blob.machine_id, name, offset, data)
+
+    def keep_copy(self) -> None:
+        """Have a copy of all log blobs from here on, of which nothing is ever given up: what the stream really was."""
+        self.copy = MemoryStore("copy")
+        self.copy._blobs = {}
 
     def stored_until(self, machine_id: uuid.UUID) -> int:
         """The last sequence before the first hole."""
@@ -100,3 +108,24 @@ class WatchedStore(MemoryStore):
             before = await super().read(name, offset, len(data))
         await super().put_pages(name, offset, data, lease_id=lease_id, if_sequence_number_lt=if_sequence_number_lt)
         self._ledger.wrote(name, offset, before, bytes(data))
+        if self._ledger.copy is not None and logblob.read_name(name) is not None:
+            await self._ledger.copy.put_pages(name, offset, data)
+
+    async def create(self, name: str, size_bytes: int, *, metadata: Mapping[str, str] | None = None) -> None:
+        await super().create(name, size_bytes, metadata=metadata)
+        if self._ledger.copy is not None and logblob.read_name(name) is not None:
+            await self._ledger.copy.create(name, size_bytes)
+
+    async def clear_pages(self, name: str, offset: int, length: int, *, lease_id: str | None = None) -> None:
+        await super().clear_pages(name, offset, length, lease_id=lease_id)
+        self._ledger.freed += logblob.read_name(name) is not None
+
+    async def delete(self, name: str, *, lease_id: str | None = None) -> None:
+        await super().delete(name, lease_id=lease_id)
+        if logblob.read_name(name) is None:
+            return
+        self._ledger.freed += 1
+        copy = self._ledger.copy
+        # A writer whose start was refused takes its blobs back; there is no segment in them.
+        if copy is not None and all(start + length <= PAGE_BYTES for start, length in await copy.page_ranges(name)):
+            await copy.delete(name)

@@ -5,6 +5,8 @@
     config             the config server
     storage            page blobs
 
+A story may add machines (`add`): a worker's, another protected one.
+
 Everything that is drawn comes from streams of one seed, one for each thing, so that drawing more often here changes
 nothing there. `note` keeps the trace: a line for everything that happened, with its virtual time, from which `digest`
 follows; two runs of one seed have the same.
@@ -61,7 +63,7 @@ class World:
             self.network.is_open(machine, STORAGE) and self.network.is_open(STORAGE, machine)
         )
         for name in (*cast.MACHINES[:1], *cast.SERVERS, cast.CONFIG_SERVER):
-            self._add(name)
+            self.add(name)
 
     def draw(self, name: str) -> random.Random:
         """A stream of randomness of that name."""
@@ -83,6 +85,24 @@ class World:
         return self._digest.hexdigest()
 
     # --- machines and processes ---
+
+    def add(self, name: str) -> None:
+        """Another machine, before anything happens."""
+        place = self.directory / name
+        files = FileSystem(place, self.draw(f"disk of {name}"))
+        self.machines[name] = self.network.machines[name] = Machine(name, place, files)
+        draw = self.draw(f"clock of {name}")
+        self.clocks[name] = MachineClock(
+            self.loop, drift=draw.uniform(-200e-6, 200e-6), offset_seconds=draw.uniform(-0.5, 0.5)
+        )
+        self.calls.devices[name] = Device()
+        if name == cast.CONFIG_SERVER:
+            cast.copy("vault", place / "vault")
+        elif name in cast.SERVERS:
+            cast.copy(name, place / "state")
+        elif name in cast.MACHINES:
+            cast.copy(name, place / "state" / "identity")
+        files.adopt()
 
     def start(self, machine: str, name: str, main: Callable[[Process], Coroutine[Any, Any, None]]) -> Process:
         """Start a program on a machine."""
@@ -122,23 +142,6 @@ class World:
     def reopen(self, one: str, other: str) -> None:
         self.network.reopen(one, other)
         self.network.reopen(other, one)
-
-    def _add(self, name: str) -> None:
-        place = self.directory / name
-        files = FileSystem(place, self.draw(f"disk of {name}"))
-        self.machines[name] = self.network.machines[name] = Machine(name, place, files)
-        draw = self.draw(f"clock of {name}")
-        self.clocks[name] = MachineClock(
-            self.loop, drift=draw.uniform(-200e-6, 200e-6), offset_seconds=draw.uniform(-0.5, 0.5)
-        )
-        self.calls.devices[name] = Device()
-        if name == cast.CONFIG_SERVER:
-            cast.copy("vault", place / "vault")
-        elif name in cast.SERVERS:
-            cast.copy(name, place / "state")
-        else:
-            cast.copy(name, place / "state" / "identity")
-        files.adopt()
 
     # --- its end ---
 

@@ -18,6 +18,7 @@ QUICK = {
     "last_write_is_not_redone",
     "salt_is_used_again",
     "gap_ends_early",
+    "needed_segment_is_freed",
 }
 
 

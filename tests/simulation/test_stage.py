@@ -28,7 +28,7 @@ async def _run(process: Process) -> None:
 
 def _supervised(stage: Stage, starts: list[float]) -> Process:
     process = stage.world.start(DB, "service", _run)
-    stage._supervise(process, lambda: starts.append(stage.world.loop.time()))
+    stage.supervise(process, lambda: starts.append(stage.world.loop.time()))
     stage.world.loop.run_until_complete(asyncio.sleep(0.1))
     return process
 

@@ -1,0 +1,32 @@
+"""Bugs of folding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recovery import folding, retention
+from recovery.history import History
+from recovery.index import State
+from recovery.live import Live
+
+Names = tuple[tuple[Any, str, Any], ...]
+
+
+def needed_segment_is_freed() -> Names:
+    """A sweep asks what the floor reads, and not what the kept states before it do."""
+    add = Live.add
+
+    async def careless(self: Live, state: State) -> None:
+        if not self.places:
+            await add(self, state)
+
+    return ((Live, "add", careless),)
+
+
+def past_ages_by_the_clock() -> Names:
+    """Ages are counted from the folder's clock alone, so a clock that is ahead gives up what nobody may."""
+
+    def aged_from(now_ns: int, history: History) -> int:
+        return now_ns
+
+    return ((folding, "aged_from", aged_from), (retention, "aged_from", aged_from))
