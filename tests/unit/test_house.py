@@ -114,7 +114,7 @@ def test_no_path_of_one_machine_is_written_down(module: str) -> None:
 
 
 def test_no_document_has_the_marks_of_an_unfinished_merge() -> None:
-    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.*"), *(ROOT / "setup").glob("*")]
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.*"), *(ROOT / "setup").rglob("*.*")]
     assert not [path.name for path in documents if _MERGE_MARK.search(path.read_text())]
     assert _MERGE_MARK.search("one\n<<<<<<< HEAD\ntwo")
 
