@@ -1,6 +1,8 @@
 """Machines in Azure, through its SDK: managed disks from VHD blobs, a network interface, a virtual machine.
 
     disk       created by import from the page blob that recovery wrote; the blob stays, the disk is a copy
+    snapshot   of each disk, incremental, before the machine first runs: the way home asks it what was written since
+               (not of a drill's)
     interface  in the target's subnet; a drill's in `drill_subnet_id`, whose network must have no peering
     machine    the disks attached, the first one as the system's; boot diagnostics on, for console and screenshot
 
@@ -18,34 +20,31 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 import aiohttp
 from azure.core.credentials_async import AsyncTokenCredential
-from azure.core.exceptions import (
-    ClientAuthenticationError,
-    HttpResponseError,
-    ResourceNotFoundError,
-    ServiceRequestError,
-    ServiceResponseError,
-)
+from azure.core.exceptions import ResourceNotFoundError
 from azure.mgmt.compute.aio import ComputeManagementClient
 from azure.mgmt.network.aio import NetworkManagementClient
 
+from recovery.compute.answers import said
 from recovery.compute.check import run_check
 from recovery.compute.console import Console
 from recovery.compute.machine import Finding, Firmware, MachineSpec, Power, Proof, Wanted
+from recovery.compute.snapshots import TAG, Moment, Snapshots
 from replicar.clock import Clock
 from replicar.errors import ConflictError, PermanentError, TransientError
 
-TAG: Final = "replicar-machine"
 SPEC_TAG: Final = "replicar-spec"
+_log = logging.getLogger(__name__)
 #: Azure's boot diagnostics lag behind the machine by about this much.
 LOOK_SECONDS: Final = 10.0
 #: What is fetched of a console or a screenshot.
@@ -53,8 +52,6 @@ MAX_EVIDENCE_BYTES: Final = 32 << 20
 #: Of the links to them.
 _LINK_MINUTES: Final = 10
 _MIB: Final = 1 << 20
-#: Somebody else's operation is under way, or Azure wants us to come later.
-_LATER: Final = frozenset({408, 409, 429, 500, 502, 503, 504})
 _ARM_ID: Final = re.compile(
     r"/subscriptions/[^/]+/resourceGroups/([^/]+)/providers/([^/]+)/([^/]+)/([^/]+)(?:/.+)?", re.I
 )
@@ -108,6 +105,7 @@ class AzureCompute:
         self._compute = ComputeManagementClient(credential, target.subscription_id, **given)
         self._network = NetworkManagementClient(credential, target.subscription_id, **given)
         self._stack = AsyncExitStack()
+        self.snapshots = Snapshots(self._compute, target.resource_group, target.location)
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self._compute)
@@ -125,7 +123,7 @@ class AzureCompute:
         if match is None:
             found.append(Finding(f"{subnet!r} is no subnet's id", "copy it whole, from /subscriptions/ on"))
             return tuple(found)
-        async with _said("look at the network"):
+        async with said("look at the network"):
             try:
                 network = await self._network.virtual_networks.get(match[1], match[4])
             except ResourceNotFoundError:
@@ -154,27 +152,39 @@ class AzureCompute:
             )
         disks = []
         for number, disk in enumerate(spec.disks):
-            async with _said(f"make the disk {disk.name} of {spec.name}"):
+            async with said(f"make the disk {disk.name} of {spec.name}"):
                 made = await self._compute.disks.begin_create_or_update(
                     group, disk_name(spec, number), _disk(spec, number, self._target, tags)
                 )
                 disks.append(str((await made.result()).id))
-        async with _said(f"make the network interface of {spec.name}"):
+        if not spec.isolated:
+            await self._base(spec, tags)
+        async with said(f"make the network interface of {spec.name}"):
             interface = await self._network.network_interfaces.begin_create_or_update(
                 group, f"{spec.name}-nic", _interface(self._target, self._subnet(spec), tags)
             )
             interface_id = str((await interface.result()).id)
-        async with _said(f"make the machine {spec.name}"):
+        async with said(f"make the machine {spec.name}"):
             machine = await self._compute.virtual_machines.begin_create_or_update(
                 group, spec.name, _machine(self._target, disks, interface_id, tags)
             )
             await machine.result()
 
+    async def _base(self, spec: MachineSpec, tags: Mapping[str, str]) -> None:
+        """Keep what the disks hold now, if they can't have been written to yet. A failover does not fail over this: the
+        way home compares disks in full that have no such snapshot."""
+        for disk in await self.snapshots.disks(spec.name):
+            if not disk.was_attached:
+                try:
+                    await self.snapshots.take(spec.name, disk, Moment.BASE, tags)
+                except PermanentError as error:
+                    _log.warning("%s can be brought home at the price of reading it in full: %s", spec.name, error)
+
     async def power(self, name: str) -> Power:
         """See `Compute`."""
         if await self._machine(name) is None:
             return Power.ABSENT
-        async with _said(f"look at {name}"):
+        async with said(f"look at {name}"):
             view = await self._compute.virtual_machines.instance_view(self._target.resource_group, name)
         codes = {status.code for status in view.statuses or ()}
         return Power.RUNNING if "PowerState/running" in codes else Power.STOPPED
@@ -185,7 +195,7 @@ class AzureCompute:
         log, screenshot = wanted.evidence / "console.log", wanted.evidence / "screen.bmp"
         began = self._clock.monotonic()
         banner = await self._banner(spec.name, wanted, log, screenshot)
-        seconds, said = self._clock.monotonic() - began, ""
+        seconds, told_by_check = self._clock.monotonic() - began, ""
         if wanted.check is not None:
             told = {
                 "REPLICAR_MACHINE": spec.name,
@@ -193,8 +203,8 @@ class AzureCompute:
                 "REPLICAR_EVIDENCE": str(wanted.evidence),
                 "REPLICAR_RESOURCE": await self._resource(spec.name),
             }
-            said = await run_check(wanted.check, told, wanted.check_seconds)
-        return Proof(banner, seconds, log, screenshot if screenshot.exists() else None, said)
+            told_by_check = await run_check(wanted.check, told, wanted.check_seconds)
+        return Proof(banner, seconds, log, screenshot if screenshot.exists() else None, told_by_check)
 
     async def _banner(self, name: str, wanted: Wanted, log: Path, screenshot: Path) -> str:
         console, deadline = Console(log), self._clock.monotonic() + wanted.banner_seconds
@@ -213,7 +223,7 @@ class AzureCompute:
         """See `Compute`."""
         if await self.power(name) is not Power.RUNNING:
             return True
-        async with _said(f"shut {name} down"):
+        async with said(f"shut {name} down"):
             await self._compute.virtual_machines.begin_power_off(self._target.resource_group, name)
         deadline = self._clock.monotonic() + seconds
         while await self.power(name) is Power.RUNNING:
@@ -221,6 +231,11 @@ class AzureCompute:
                 return False
             await self._clock.sleep(LOOK_SECONDS)
         return True
+
+    async def deallocate(self, name: str) -> None:
+        """Have the machine off for certain, and its disks still: when this returns nothing writes to them."""
+        async with said(f"deallocate {name}"):
+            await (await self._compute.virtual_machines.begin_deallocate(self._target.resource_group, name)).result()
 
     async def remove(self, name: str) -> None:
         """See `Compute`."""
@@ -231,19 +246,20 @@ class AzureCompute:
                 f"the machine {name} in {group} is not ours", hint="it has no tag; it is left as it is"
             )
         if machine is not None:
-            async with _said(f"delete the machine {name}"):
+            async with said(f"delete the machine {name}"):
                 await (await self._compute.virtual_machines.begin_delete(group, name)).result()
-        async with _said(f"delete the network interface of {name}"):
+        async with said(f"delete the network interface of {name}"):
             async for each in self._network.network_interfaces.list(group):
                 if (each.tags or {}).get(TAG) == name:
                     await (await self._network.network_interfaces.begin_delete(group, str(each.name))).result()
-        async with _said(f"delete the disks of {name}"):
+        await self.snapshots.remove(name)
+        async with said(f"delete the disks of {name}"):
             async for disk in self._compute.disks.list_by_resource_group(group):
                 if (disk.tags or {}).get(TAG) == name:
                     await (await self._compute.disks.begin_delete(group, str(disk.name))).result()
 
     async def _machine(self, name: str) -> Any:
-        async with _said(f"look for {name}"):
+        async with said(f"look for {name}"):
             try:
                 return await self._compute.virtual_machines.get(self._target.resource_group, name)
             except ResourceNotFoundError:
@@ -255,7 +271,7 @@ class AzureCompute:
 
     async def _fetch(self, name: str, log: Path, screenshot: Path) -> None:
         """What boot diagnostics have by now; nothing, for a machine that is just being made."""
-        async with _said(f"look at the console of {name}"):
+        async with said(f"look at the console of {name}"):
             try:
                 found = await self._compute.virtual_machines.retrieve_boot_diagnostics_data(
                     self._target.resource_group, name, sas_uri_expiration_time_in_minutes=_LINK_MINUTES
@@ -345,25 +361,3 @@ async def _download(session: aiohttp.ClientSession, link: str, target: Path) -> 
             raise TransientError(f"boot diagnostics answer with status {answer.status}")
         data = await answer.content.read(MAX_EVIDENCE_BYTES)
     await asyncio.to_thread(target.write_bytes, data)
-
-
-@asynccontextmanager
-async def _said(doing: str) -> AsyncIterator[None]:
-    """Errors of the SDK as ours: what was tried, what Azure said, and whether it is worth trying again."""
-    try:
-        yield
-    except ClientAuthenticationError as error:
-        hint = (
-            "look at the identity and its role in the resource group (Virtual Machine Contributor, Network Contributor)"
-        )
-        raise PermanentError(f"Azure does not let us {doing}: {error.message}", hint=hint) from None
-    except HttpResponseError as error:
-        code = error.error.code if error.error is not None else error.reason
-        text = f"Azure won't {doing}: {code}: {error.message}"
-        if error.status_code in _LATER:
-            raise TransientError(text, hint="it is tried again", status=error.status_code) from None
-        raise PermanentError(
-            text, hint="correct the target settings, or Azure's side", status=error.status_code
-        ) from None
-    except (ServiceRequestError, ServiceResponseError, aiohttp.ClientError) as error:
-        raise TransientError(f"Azure can't be reached to {doing}: {error}") from None

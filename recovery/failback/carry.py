@@ -150,6 +150,26 @@ async def verify(
             )
 
 
+async def unequal(spans: Spans, one: Origin, other: Origin, *, progress: Progress | None = None) -> Spans:
+    """Where two disks differ within these stretches, to the sector: both are read."""
+    done, total = 0, spans.total_bytes
+    found: list[tuple[int, int]] = []
+
+    async def compare(offset: int, length: int) -> None:
+        nonlocal done
+        ours, theirs = await asyncio.gather(one.read(offset, length), other.read(offset, length))
+        found.extend((offset + start, end - start) for start, end in _unequal(memoryview(ours), theirs))
+        done += length
+        if progress is not None:
+            progress(done, total)
+
+    unlike = Spans.of(())
+    for batch in _batches(spans.pieces(PIECE_BYTES), CHECKPOINT_BYTES):
+        await _side_by_side(compare, batch)
+        unlike, found = unlike.union(Spans.of(found)), []
+    return unlike
+
+
 async def _side_by_side(work: Callable[[int, int], Awaitable[None]], pieces: Iterable[tuple[int, int]]) -> None:
     left = iter(pieces)
 

@@ -10,8 +10,10 @@ is, and one that is not is written anew; a job's point is noted before, so it is
 The resource group is noted in the job, and so are later jobs' hands made: what a failover made is found and removed
 where it is, whatever became of the target settings.
 
+The way home is in `recovery.worker.azure_home`.
+
 **It has not met the real cloud**: tests put the real SDK, the real config server and a real Azurite against a stand-in
-for Resource Manager. And it is one way yet: what a machine in Azure wrote is not carried home (`brings_home`).
+for Resource Manager and for managed disks.
 
 Weak: the VHDs stay beside the managed disks until the machine is cleaned up, since nobody here knows for how long Azure
 reads from them; they are paid for twice.
@@ -20,7 +22,8 @@ reads from them; they are paid for twice.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, cast
@@ -29,11 +32,13 @@ from urllib.parse import quote, urlsplit
 from azure.core.credentials_async import AsyncTokenCredential
 
 from recovery.compute.azure import AzureCompute, AzureTarget
-from recovery.compute.machine import DiskSource, Finding, MachineSpec, Proof
+from recovery.compute.machine import DiskSource, Finding, MachineSpec, Power, Proof
+from recovery.compute.snapshots import Moment
 from recovery.failback.carry import Origin
 from recovery.failback.spans import Spans
 from recovery.output import write_vhd_blob
 from recovery.view import Progress, View
+from recovery.worker.azure_home import ManagedDisks
 from recovery.worker.made import SEEING, shifted, spec_of, wanted_of
 from recovery.worker.settings import AzureSettings
 from replicar.clock import Clock
@@ -62,7 +67,6 @@ class AzureHands:
 
     name = "azure"
     is_local = False
-    brings_home = False
     reads = SEEING | {"firmware", "system"}
 
     def __init__(
@@ -153,21 +157,37 @@ class AzureHands:
         """See `Hands`: managed disks are copies already."""
 
     async def shut_down(self, made: str, seconds: float) -> bool:
+        """See `Hands`; what an earlier failback read its disks from is gone then."""
+        async with self._compute() as compute:
+            ended = await compute.shut_down(made, seconds)
+            await compute.deallocate(made)
+            for disk in await compute.snapshots.disks(made):
+                await compute.snapshots.delete(disk, Moment.HOME)
+        return ended
+
+    async def is_running(self, made: str) -> bool:
         """See `Hands`."""
         async with self._compute() as compute:
-            return await compute.shut_down(made, seconds)
+            return await compute.power(made) is Power.RUNNING
 
-    async def diverged(self, made: str) -> dict[str, Spans]:
-        """See `Hands`.
+    async def check_way_home(self, made: str, disks: Sequence[Disk]) -> None:
+        """See `Hands`."""
+        async with AsyncExitStack() as stack:
+            await (await self._managed(made, disks, stack)).there()
 
-        Raises:
-            PermanentError: always; see the module.
-        """
-        raise one_way()
+    async def diverged(self, made: str, view: View, progress: Progress) -> dict[str, Spans]:
+        """See `Hands`."""
+        async with AsyncExitStack() as stack:
+            return await (await self._managed(made, view.disks, stack)).diverged(view, progress)
 
-    async def origins(self, made: str, stack: AsyncExitStack) -> dict[str, Origin]:
-        """See `Hands`. Raises as `diverged`."""
-        raise one_way()
+    async def origins(self, made: str, disks: Sequence[Disk], stack: AsyncExitStack) -> dict[str, Origin]:
+        """See `Hands`."""
+        return await (await self._managed(made, disks, stack)).origins()
+
+    async def _managed(self, made: str, disks: Sequence[Disk], stack: AsyncExitStack) -> ManagedDisks:
+        compute = await stack.enter_async_context(self._compute())
+        trust = ssl.create_default_context(cafile=self._settings.authority_file)
+        return ManagedDisks(compute.snapshots, made, disks, stack, trust=trust, clock=self._clock)
 
     async def _disks(self, made: str) -> tuple[DiskSource, ...]:
         """What `give_disks` has made."""
@@ -262,12 +282,3 @@ async def is_whole(store: PageBlobStore, name: str, size: int) -> bool:
             return False
         raise
     return footer.virtual_bytes == size and str(footer.unique_id) == known
-
-
-def one_way() -> PermanentError:
-    """Why a machine in Azure is not failed back."""
-    return PermanentError(
-        "a machine that runs in Azure can't be brought home by a job yet",
-        hint="shut it down, export its disks (`az disk grant-access`), and write them at home by hand; the failover "
-        "stays committed",
-    )

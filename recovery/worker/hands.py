@@ -6,12 +6,12 @@ goes to overlays. Everything here may be done twice, and what is gone already is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final, Protocol
 
-from recovery.compute.machine import DiskSource, Finding, MachineSpec, Proof
+from recovery.compute.machine import DiskSource, Finding, MachineSpec, Power, Proof
 from recovery.compute.qemu import QemuCompute, QemuSettings
 from recovery.failback.carry import Origin
 from recovery.failback.spans import Spans
@@ -20,6 +20,7 @@ from recovery.worker.keeper import SOCKET, Exported, Keeper
 from recovery.worker.made import SEEING, spec_of, wanted_of
 from recovery.worker.settings import WorkerSettings
 from replicar.control.messages import Job
+from replicar.formats.record import Disk
 from replicar.nbd.client import NbdClient
 
 #: How long a failed-over machine has to end by itself before it is ended.
@@ -35,11 +36,6 @@ class Hands(Protocol):
     @property
     def is_local(self) -> bool:
         """Whether what it makes is on this host, and nobody else's to remove."""
-        ...
-
-    @property
-    def brings_home(self) -> bool:
-        """Whether it can say what a machine wrote, and read that."""
         ...
 
     @property
@@ -80,11 +76,17 @@ class Hands(Protocol):
         """Have the machine off and its disks still there; whether it ended by itself within that time."""
         ...
 
-    async def diverged(self, made: str) -> dict[str, Spans]:
-        """By disk, what the machine wrote since its point; nobody reads the disks meanwhile."""
+    async def is_running(self, made: str) -> bool: ...
+
+    async def check_way_home(self, made: str, disks: Sequence[Disk]) -> None:
+        """Asked before the machine is shut down. Raises PermanentError: these disks of it can't be brought home."""
         ...
 
-    async def origins(self, made: str, stack: AsyncExitStack) -> dict[str, Origin]:
+    async def diverged(self, made: str, view: View, progress: Progress) -> dict[str, Spans]:
+        """By disk, what a machine that is off wrote since its point (the view); nobody reads the disks meanwhile."""
+        ...
+
+    async def origins(self, made: str, disks: Sequence[Disk], stack: AsyncExitStack) -> dict[str, Origin]:
         """By disk, what a machine that is off holds, to be read until the stack ends."""
         ...
 
@@ -94,7 +96,6 @@ class QemuHands:
 
     name = "qemu"
     is_local = True
-    brings_home = True
     reads = SEEING | {"memory_mib", "processors", "firmware", "bus", "ports"}
     notes: Mapping[str, str] = {}
 
@@ -147,11 +148,18 @@ class QemuHands:
         await self._compute.remove(made)
         return ended
 
-    async def diverged(self, made: str) -> dict[str, Spans]:
+    async def is_running(self, made: str) -> bool:
+        """See `Hands`."""
+        return await self._compute.power(made) is Power.RUNNING
+
+    async def check_way_home(self, made: str, disks: Sequence[Disk]) -> None:
+        """See `Hands`: its overlays are here, or `check_host` has said so."""
+
+    async def diverged(self, made: str, view: View, progress: Progress) -> dict[str, Spans]:
         """See `Hands`."""
         return await self._keeper.changed(made)
 
-    async def origins(self, made: str, stack: AsyncExitStack) -> dict[str, Origin]:
+    async def origins(self, made: str, disks: Sequence[Disk], stack: AsyncExitStack) -> dict[str, Origin]:
         """See `Hands`."""
         await self._keeper.again(made)
         found: dict[str, Origin] = {}

@@ -5,7 +5,7 @@ the failed-over one went on elsewhere; what either wrote has to be carried home,
 
     home    the stream is given back, so that the agent stores what it still has; then the log's newest state and the
             point's differ in just what was written at home (`settled`, `differing`)
-    there   the overlay's sectors
+    there   the overlay's sectors; of a managed disk the pages that Azure says were written
 
 With the option `compare=bytes` the histories are not asked: both disks are read in full, and what differs is written.
 That is for a machine at home that is new, or whose agent is gone.
@@ -18,7 +18,8 @@ What was found is kept in files (`spans`, `done`) below the worker's directory, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -27,7 +28,8 @@ import numpy as np
 
 from recovery.failback.carry import carry, check_fits, verify
 from recovery.failback.destinations import named, open_destination
-from recovery.failback.spans import Spans, differing
+from recovery.failback.histories import PointDisk, written_between
+from recovery.failback.spans import Spans
 from recovery.points import AtSequence
 from recovery.view import View
 from recovery.worker.desk import Desk
@@ -47,8 +49,8 @@ FAILBACK_OPTIONS: Final = frozenset({"compare", "verify", "storage_settings", "s
 #: What the agent at home may take to store what it still has, before the job is put aside for a while.
 SETTLE_SECONDS: Final = 120.0
 MARK_SECONDS: Final = 60.0
-#: Of a disk, compared in one go: its extents are in memory for a moment.
-WINDOW_BYTES: Final = 16 << 30
+#: Of the notes: the point's disks.
+_DISKS: Final = "disks.json"
 
 
 class Homeward:
@@ -77,8 +79,6 @@ class Homeward:
     # --- failback ---
 
     async def prerequisites(self) -> str:
-        if not self._hands.brings_home:
-            await self._hands.diverged(made_name(last_made(self._desk.before)))  # says why not
         check_host(self._desk)
         check_options(self._options, FAILBACK_OPTIONS)
         if self._options.get("compare", "histories") not in ("histories", "bytes"):
@@ -88,11 +88,12 @@ class Homeward:
         if not self._options.get("shut_down_seconds", "1").isdigit():
             raise PermanentError("the option shut_down_seconds is a whole number", hint="leave it out for two minutes")
         view = await self._at_point()
+        await self._hands.check_way_home(made_name(last_made(self._desk.before)), view.disks)
         async with AsyncExitStack() as stack:
             store = await self._account(stack)
             for disk in view.disks:
                 place = named(self._job.parameters.destination, disk.name, len(view.disks))
-                check_fits(_Sized(disk), await open_destination(place, stack, store), disk.name)
+                check_fits(PointDisk(view, disk), await open_destination(place, stack, store), disk.name)
         return f"{len(view.disks)} disk(s) fit"
 
     async def shut_down(self) -> str:
@@ -107,24 +108,25 @@ class Homeward:
         if self._options.get("compare", "histories") == "bytes":
             spans = {disk.name: Spans.whole(disk.size_bytes) for disk in view.disks}
         else:
-            spans = await self._hands.diverged(made_name(last_made(self._desk.before)))
+            spans = await self._hands.diverged(made_name(last_made(self._desk.before)), view, self._desk.progress)
             await self._desk.release()
             now = await settled(self._desk, self._store, SETTLE_SECONDS)
             for disk in view.disks:
-                home = await _at_home(view, now, disk)
+                home = await written_between(view, now, disk)
                 spans[disk.name] = spans[disk.name].union(home).clipped(0, disk.size_bytes)
         make_directory(self._notes)
+        write_file(self._notes / _DISKS, _said(view.disks))
         for name, found in spans.items():
             _save(self._notes / f"{_file(name)}.spans", found)
         total = sum(found.total_bytes for found in spans.values())
-        await self._desk.note(diverged_bytes=total)
+        await self._desk.note(diverged_bytes=total, host=self._desk.host)  # whose files the rest of the job needs
         return f"{total:,} bytes may differ"
 
     async def copy(self) -> str:
         check_host(self._desk)
         looked_at = written = 0
         async with AsyncExitStack() as stack:
-            origins = await self._hands.origins(made_name(last_made(self._desk.before)), stack)
+            origins = await self._hands.origins(made_name(last_made(self._desk.before)), self._disks(), stack)
             store, spans = await self._account(stack), {name: self._spans(name) for name in origins}
             total, before = sum(found.total_bytes for found in spans.values()), 0
             for name, origin in origins.items():
@@ -153,7 +155,7 @@ class Homeward:
     async def verify(self) -> str:
         check_host(self._desk)
         async with AsyncExitStack() as stack:
-            origins = await self._hands.origins(made_name(last_made(self._desk.before)), stack)
+            origins = await self._hands.origins(made_name(last_made(self._desk.before)), self._disks(), stack)
             store = await self._account(stack)
             for name, origin in origins.items():
                 place = named(self._job.parameters.destination, name, len(origins))
@@ -164,6 +166,11 @@ class Homeward:
         return "both sides are equal"
 
     async def switch(self) -> str:
+        if await self._hands.is_running(made := made_name(last_made(self._desk.before))):
+            raise PermanentError(
+                f"the machine {made} runs: somebody has started it since its disks were read",
+                hint="what it wrote since is not at home: ask for the failback again",
+            )
         return "the machine may be started at home"
 
     # --- protecting again ---
@@ -204,43 +211,31 @@ class Homeward:
             return None
         return await stack.enter_async_context(open_store(load_settings(Path(file)).storage))
 
+    def _disks(self) -> list[Disk]:
+        rows = json.loads(self._found(_DISKS))
+        return [Disk(index=index, name=name, size_bytes=size) for index, name, size in rows]
+
     def _spans(self, disk: str) -> Spans:
-        path = self._notes / f"{_file(disk)}.spans"
-        try:
-            rows = np.frombuffer(path.read_bytes(), dtype=np.int64).reshape(-1, 2)
-        except FileNotFoundError:
-            raise PermanentError(
-                f"what differs on disk {disk} was found by another worker's host",
-                hint="cancel the failback and ask for it again; or have that worker go on",
-            ) from None
+        rows = np.frombuffer(self._found(f"{_file(disk)}.spans"), dtype=np.int64).reshape(-1, 2)
         return Spans.of((int(start), int(end - start)) for start, end in rows)
 
-
-class _Sized:
-    """A disk of which only the size is asked."""
-
-    def __init__(self, disk: Disk) -> None:
-        self.size_bytes = disk.size_bytes
-
-    async def read(self, offset: int, length: int) -> bytes:
-        raise AssertionError("nobody reads it")
-
-
-async def _at_home(point: View, now: View, disk: Disk) -> Spans:
-    """What was written at home since the point; all of a disk that is another one by now."""
-    same = next((each for each in now.disks if each.index == disk.index and each.name == disk.name), None)
-    if same is None:
-        return Spans.whole(disk.size_bytes)
-    found = Spans.of(())
-    for offset in range(0, disk.size_bytes, WINDOW_BYTES):
-        before, after = await point.lookup(disk, offset, WINDOW_BYTES), await now.lookup(same, offset, WINDOW_BYTES)
-        found = found.union(differing(before, after))
-    lost = [(same.size_bytes, disk.size_bytes - same.size_bytes)] if same.size_bytes < disk.size_bytes else []
-    return found.union(Spans.of(lost))
+    def _found(self, name: str) -> bytes:
+        try:
+            return (self._notes / name).read_bytes()
+        except FileNotFoundError:
+            raise PermanentError(
+                "what differs between both sides is not in this worker's directory (any more)",
+                hint="cancel the failback and ask for it again",
+                path=str(self._notes / name),
+            ) from None
 
 
 def _save(path: Path, spans: Spans) -> None:
     write_file(path, np.column_stack((spans.start, spans.end)).astype(np.int64).tobytes())
+
+
+def _said(disks: Sequence[Disk]) -> bytes:
+    return json.dumps([[disk.index, disk.name, disk.size_bytes] for disk in disks]).encode()
 
 
 def _file(disk: str) -> str:

@@ -2,8 +2,8 @@
 
 It keeps resources as they are put, by path, over HTTPS, and answers as the reference of its REST API says: 200 with
 the resource, 404 with an error object, long operations by `Azure-AsyncOperation`. What a test wants to go wrong it puts
-into `troubles`; with `hold_at` it carries the so-manieth request out and never answers it. It knows nothing of what
-Azure would refuse.
+into `troubles`; with `hold_at` it carries the so-manieth request out and never answers it. With `content` disks and
+snapshots have bytes, and links to read them. It knows nothing of what Azure would refuse.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+
+from tests.recovery.compute.managed_disks import ManagedDisks
 
 SUBSCRIPTION = "11111111-2222-3333-4444-555555555555"
 GROUP = f"/subscriptions/{SUBSCRIPTION}/resourceGroups/recovered"
@@ -36,6 +38,7 @@ class ResourceManager:
         self.troubles: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
         self.console = b""
         self.power = "PowerState/running"
+        self.content: ManagedDisks | None = None
         self.hold_at = 0
         self.held = asyncio.Event()
         self._ended = asyncio.Event()
@@ -71,29 +74,44 @@ class ResourceManager:
             return web.Response(body=self.console)
         if path == "/screen":
             return web.Response(body=b"BM a picture")
+        if path.startswith("/exported/") and self.content is not None:
+            return await self.content.answer(request)
         self.tokens.add(request.headers.get("Authorization", ""))
         kind = path.split("/")[-2]
         if self.troubles[method, kind]:
             status, code = self.troubles[method, kind].pop(0)
             headers = {"Retry-After": "0"} if status in (429, 503) else {}
             return _json({"error": {"code": code, "message": f"{code} it is"}}, status, headers)
+        if path.startswith("/operations/access/") and self.content is not None:
+            return _json({"accessSAS": self.endpoint + self.content.link(path.rpartition("/")[2])})
         if path.startswith("/operations/"):
             self._polls += 1
             return _json({"status": "Succeeded" if self._polls % 2 == 0 else "InProgress"}, 200, {"Retry-After": "0"})
         if method == "PUT":
-            return self._put(path, json.loads(await request.read()))
+            return await self._put(path, json.loads(await request.read()))
         if method == "DELETE":
+            if path in self.resources and kind in ("disks", "snapshots") and self.content is not None:
+                await self.content.delete(path.rpartition("/")[2])
             return web.Response(status=200 if self.resources.pop(path, None) else 204)
         if method == "POST":
             return self._post(path)
         return self._get(path)
 
-    def _put(self, path: str, body: dict[str, Any]) -> web.Response:
-        self.resources[path] = {**body, "id": path, "name": path.rpartition("/")[2]}
-        self.resources[path].setdefault("properties", {})["provisioningState"] = "Succeeded"
+    async def _put(self, path: str, body: dict[str, Any]) -> web.Response:
+        name, properties = path.rpartition("/")[2], body.setdefault("properties", {})
+        properties["provisioningState"] = "Succeeded"
+        if "/snapshots/" in path and self.content is not None:
+            await self.content.snapshot(name, properties["creationData"]["sourceResourceId"].rpartition("/")[2])
+        if "/disks/" in path and self.content is not None:
+            properties["diskSizeBytes"] = await self.content.make(name, properties["creationData"]["sourceUri"])
+        if "/virtualMachines/" in path:
+            storage, self.power = properties["storageProfile"], "PowerState/running"
+            for disk in (storage["osDisk"], *storage["dataDisks"]):
+                self.resources[disk["managedDisk"]["id"]]["managedBy"] = path
+        self.resources[path] = {**body, "id": path, "name": name}
         return _json(
             self.resources[path],
-            202 if path.split("/")[-2] == "disks" else 201,
+            202 if path.split("/")[-2] in ("disks", "snapshots") else 201,
             {"Azure-AsyncOperation": f"{self.endpoint}/operations/{len(self.requests)}", "Retry-After": "0"},
         )
 
@@ -104,7 +122,13 @@ class ResourceManager:
         if action == "retrieveBootDiagnosticsData":
             links = {"serialConsoleLogBlobUri": f"{self.endpoint}/console"}
             return _json({**links, "consoleScreenshotBlobUri": f"{self.endpoint}/screen"})
-        self.power = "PowerState/stopped"
+        if action == "beginGetAccess":
+            where = f"{self.endpoint}/operations/access/{machine.rpartition('/')[2]}"
+            return web.Response(status=202, headers={"Location": where, "Retry-After": "0"})
+        if action == "endGetAccess" and self.content is not None:
+            self.content.take_back(machine.rpartition("/")[2])
+        if action in ("powerOff", "deallocate"):
+            self.power = "PowerState/stopped" if action == "powerOff" else "PowerState/deallocated"
         return web.Response(status=200)
 
     def _get(self, path: str) -> web.Response:
@@ -113,7 +137,7 @@ class ResourceManager:
         if path in self.resources:
             return _json(self.resources[path])
         below = [self.resources[each] for each in self.resources if each.rpartition("/")[0] == path]
-        return _json({"value": below}) if path.endswith(("networkInterfaces", "disks")) else _absent(path)
+        return _json({"value": below}) if path.endswith(("networkInterfaces", "disks", "snapshots")) else _absent(path)
 
 
 def _absent(path: str) -> web.Response:

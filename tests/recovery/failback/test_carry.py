@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from recovery.failback import carry as module
-from recovery.failback.carry import SECTOR_BYTES, carry, check_fits, verify
+from recovery.failback.carry import SECTOR_BYTES, carry, check_fits, unequal, verify
 from recovery.failback.spans import Spans
 from replicar.errors import CorruptionError, PermanentError
 from tests.recovery.failback.disks import MemoryDisk
@@ -59,6 +59,17 @@ async def test_without_histories_the_bytes_themselves_are_compared_and_few_are_w
     moved = await carry(Spans.whole(SIZE), origin, destination, compare=True)
     assert destination.data == theirs
     assert moved.written == 2 * SECTOR_BYTES
+
+
+async def test_what_differs_within_some_stretches_is_found_and_nothing_outside_of_them() -> None:
+    ours = random.Random(1).randbytes(SIZE)
+    theirs = bytearray(ours)
+    for sector in (3, 4, 50, 90):
+        theirs[sector * SECTOR_BYTES] ^= 1
+    within = Spans.of([(0, 60 * SECTOR_BYTES)])
+    found = await unequal(within, MemoryDisk(ours), MemoryDisk(bytes(theirs)))
+    sectors = [(start // SECTOR_BYTES, end // SECTOR_BYTES) for start, end in zip(found.start, found.end, strict=True)]
+    assert sectors == [(3, 5), (50, 51)]
 
 
 async def test_a_disk_whose_end_is_no_whole_sector_is_carried_to_its_last_byte() -> None:
