@@ -68,7 +68,9 @@ def hands_of(settings: WorkerSettings, file: Path | None, clock: Clock) -> dict[
     qemu = QemuHands(settings, file)
     made: dict[str, MakeHands] = {"qemu": lambda desk: qemu}
     if settings.azure is not None:
-        made["azure"] = partial(azure_for, settings.azure, settings.directory / "evidence", clock)
+        made["azure"] = partial(
+            azure_for, settings.azure, settings.directory / "evidence", clock, logs=settings.storage
+        )
     return made
 
 

@@ -52,7 +52,7 @@ def answer_error(
     facts: dict[str, Any] = {"container": container, "blob": blob, "status": status, "code": code}
     if request_id := headers.get("x-ms-request-id"):
         facts["request_id"] = request_id
-    if status in _TRANSIENT or code in ("ContainerBeingDeleted", "ServerBusy", "OperationTimedOut"):
+    if status in _TRANSIENT or code in ("ContainerBeingDeleted", "ServerBusy", "OperationTimedOut", "PendingCopyOperation"):
         return TransientError(
             f"could not {doing}: the storage service answered {status} for {place}",
             retry_after_seconds=retry_after_seconds(headers),
@@ -130,6 +130,23 @@ def past_end(doing: str, container: str, blob: str | None) -> PermanentError:
         reason="past_end",
         container=container,
         blob=blob,
+    )
+
+
+def copied(status: str, container: str, blob: str) -> bool:
+    """What the service says of a copy that it makes: whether it is complete, or still under way.
+
+    Raises:
+        PermanentError: it was given up.
+    """
+    if status in ("success", "pending"):
+        return status == "success"
+    raise PermanentError(
+        f"the storage service gave up the copy that was to be blob {blob} in container {container} ({status})",
+        hint="its source was deleted, or somebody ended the copy; delete the blob and ask again",
+        container=container,
+        blob=blob,
+        reason="copy",
     )
 
 
