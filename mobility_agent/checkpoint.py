@@ -2,7 +2,7 @@
 
 A checkpoint costs a sync of each, in threads; nobody waits for it. The order is what makes it right:
 
-    1  begin a round: what is written from here on stays recorded
+    1  begin a round: what is written from here on stays recorded, and what waits to be copied as an extent
     2  the maps of dirty regions durable, then the log, then the digests, then the disks
     3  remember durably how far the log was: a log that comes back shorter has lost what no record covers
     4  retire what was not written since 1
@@ -15,6 +15,7 @@ import logging
 from typing import Final
 
 from mobility_agent.ladder import Ladder
+from mobility_agent.touched import NO_RANGES
 from replicar.clock import Clock
 
 #: How long a region that is not written any more stays recorded, about; and how often a disk is synced for that.
@@ -47,8 +48,8 @@ class Checkpointer:
             OSError: something can't be made durable; nothing was retired.
         """
         ladder = self._ladder
-        for touched in ladder.touched.values():
-            touched.begin_round()
+        for index, touched in ladder.touched.items():
+            touched.begin_round(ladder.extents.ranges_of(index) if ladder.extents is not None else NO_RANGES)
         reached = ladder.log.next_sequence
         for regions in ladder.regions.values():
             await asyncio.to_thread(regions.sync)

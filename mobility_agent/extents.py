@@ -82,6 +82,13 @@ class DirtyExtents:
         held = self._held()
         return int(held["length"][held["disk"] == disk].sum())
 
+    def ranges_of(self, disk: int) -> npt.NDArray[np.int64]:
+        """Those of a disk, start and end in bytes (shape (n, 2)), as they lie in the row."""
+        held = self._held()
+        held = held[held["disk"] == disk]
+        starts = held["offset"].astype(np.int64)
+        return np.stack((starts, starts + held["length"]), axis=1)
+
     def touch(self, disk: int, offset: int, length: int) -> bool:
         """Whether any of them lies there, in part at least."""
         held = self._held()

@@ -1,14 +1,15 @@
 """The touched record: which coarse regions of a disk a power cut can have left different from what the log says.
 
-A region is recorded, durably, before the first write to it; it is retired once log and disk are both durable and
-nothing was written there since. So after a power cut, whatever of the last writes reached the disk and not the log, or
-the log and not the disk, lies in recorded regions, and only those have to be read and sent again.
+A region is recorded, durably, before the first write to it; it is retired once log and disk are both durable, nothing
+was written there since, and nothing of it waits to be copied as an extent (the row of extents does not survive a power
+cut). So after a power cut, whatever of the last writes reached the disk and not the log, or the log and not the disk,
+lies in recorded regions, and only those have to be read and sent again.
 
 The price is one fdatasync for the first write to a region of 16 MiB in a while; the write waits for it, the loop does
 not. Writes to recorded regions cost two looks into a byte string.
 
     recorded   durable in the file: writes may go on
-    active     written since the last retiring round began
+    active     written since the last retiring round began, or waiting as an extent when it did
 
 Weak: a whole region is compared for one sector of doubt.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from mobility_agent import grown
 
@@ -32,6 +34,8 @@ _PAGE: Final = 4096
 _HEADER = struct.Struct("<8sQQ")
 REGION_SHIFT: Final = 24
 REGION_BYTES: Final = 1 << REGION_SHIFT
+#: No ranges.
+NO_RANGES: Final = np.zeros((0, 2), np.int64)
 
 
 class TouchedRegions:
@@ -104,9 +108,18 @@ class TouchedRegions:
         """How many regions are recorded."""
         return self._recorded.count(1)
 
-    def begin_round(self) -> None:
-        """From here on only what is written again is active. Make log and disk durable next, then `retire`."""
-        self._active = bytearray(len(self._active))
+    def begin_round(self, waiting: npt.NDArray[np.int64] = NO_RANGES) -> None:
+        """From here on only what is written again is active. Make log and disk durable next, then `retire`.
+
+        Args:
+            waiting: what stays active because nothing but this record would name it after a power cut (shape (n, 2),
+                start and end in bytes).
+        """
+        edges = np.zeros(len(self._active) + 2, np.int64)
+        starts, ends = waiting[:, 0], np.minimum(waiting[:, 1], self.disk_bytes)
+        np.add.at(edges, starts[starts < ends] >> REGION_SHIFT, 1)
+        np.add.at(edges, (ends[starts < ends] - 1 >> REGION_SHIFT) + 1, -1)
+        self._active = bytearray((np.cumsum(edges)[: len(self._active)] > 0).tobytes())
 
     async def retire(self) -> None:
         """Log and disk are durable as of `begin_round`: forget what was not written since.

@@ -7,6 +7,9 @@
 - While a story is judged, what was opened once is remembered: the walks to five points read the same segments, sealed
   with the same keys, so decrypting and checking the same bytes gives the same tables.
 
+Sizes that only a large disk would show are small: regions are 64 KiB and 128 KiB instead of 1 MiB and 16 MiB, and
+checkpoints come three times as often, so that much is retired within a minute.
+
 Each of them is a name of the product's that stands for something else (`world.replaced`).
 """
 
@@ -19,7 +22,8 @@ from functools import lru_cache
 from typing import Any, Final
 
 from config_server import bells
-from mobility_agent import control as agent_control, seeding, sender, service as agent_service
+from mobility_agent import checkpoint, control as agent_control, seeding, sender, service as agent_service, touched
+from mobility_agent.regions import DirtyRegions
 from process_server import service as server_service
 from replicar.control import client
 from replicar.control.identity import Identity
@@ -34,6 +38,10 @@ IDLE_SECONDS: Final = 0.25
 #: 0.25 and 2.
 HURRY_SECONDS: Final = 1.0
 PROGRESS_SECONDS: Final = 4.0
+#: Bytes of a dirty region, the shift of a touched one, and seconds between checkpoints; the product's: 1 MiB, 24, 15.
+REGION_BYTES: Final = 1 << 16
+TOUCHED_SHIFT: Final = 17
+CHECKPOINT_SECONDS: Final = 5.0
 
 #: Whether key, certificate and authority fit together, for identities that were looked at; few, and all of the cast.
 _FITTING: Final[dict[tuple[object, ...], bool]] = {}
@@ -53,6 +61,11 @@ def shortcuts() -> Iterator[None]:
         (bells, "HURRY_SECONDS", HURRY_SECONDS),
         (seeding, "IDLE_SECONDS", IDLE_SECONDS),
         (server_service, "STATUS_SECONDS", STATUS_SECONDS),
+        (checkpoint, "CHECKPOINT_SECONDS", CHECKPOINT_SECONDS),
+        (touched, "REGION_SHIFT", TOUCHED_SHIFT),
+        (touched, "REGION_BYTES", 1 << TOUCHED_SHIFT),
+        (seeding, "REGION_BYTES", 1 << TOUCHED_SHIFT),
+        (DirtyRegions.__init__, "__defaults__", (REGION_BYTES,)),
     ):
         yield
 

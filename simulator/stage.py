@@ -33,7 +33,7 @@ from simulator.world.calls import Device
 from simulator.world.control import ControlService
 from simulator.world.files import PAGE
 from simulator.world.ledger import Ledger, WatchedStore
-from simulator.world.processes import Process
+from simulator.world.processes import Process, described
 from simulator.world.replaced import replaced
 from simulator.world.truth import Truth, make
 from simulator.world.world import World
@@ -295,7 +295,11 @@ class Stage:
         self.supervise(self.agent_process, self._start_agent)
 
     def supervise(self, process: Process, start: Callable[[], None]) -> None:
-        """Have a process started again when it ends; an end that is no declared error breaks a promise."""
+        """Have a process started again when it ends; an end that is no declared error breaks a promise.
+
+        What a power cut ends is started by the next boot, and not by the supervisor of an earlier one as well.
+        """
+        boot = process.machine.boot
 
         def ended() -> None:
             if process is self.agent_process:
@@ -305,13 +309,13 @@ class Stage:
             if error is not None:
                 self.world.note(f"{process} ended: {type(error).__name__}: {error}")
                 if not isinstance(error, ReplicarError):
-                    self.violated(f"{process} failed with {_what(error)}")
+                    self.violated(f"{process} failed with {described(error)}")
             if process.machine.is_up:
                 delay = self._supervision.uniform(*RESTART_SECONDS)
                 self.world.loop.call_later(delay, again, context=_NOBODY)
 
         def again() -> None:
-            if process.machine.is_up:
+            if process.machine.is_up and process.machine.boot == boot:
                 start()
 
         process.on_death = ended
@@ -364,16 +368,3 @@ class Stage:
         """While the story is told."""
         with replaced((service, "open_core", self.observed), *folder.SPANS):
             yield
-
-
-def _what(error: BaseException) -> str:
-    """An unexpected error with the place it comes from."""
-    trace, place = error.__traceback__, ""
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        place = f"{code.co_filename.rpartition('/')[2]}:{trace.tb_lineno} in {code.co_name}"
-        trace = trace.tb_next
-    if isinstance(error, BaseExceptionGroup):
-        with suppress(IndexError):
-            return _what(error.exceptions[0])
-    return f"{type(error).__name__}: {error} ({place})"

@@ -11,6 +11,7 @@ from mobility_agent.ladder import Ladder
 from mobility_agent.logstate import LogState
 from mobility_agent.seeding import Seeder
 from mobility_agent.sender import Sender
+from mobility_agent.touched import NO_RANGES, TouchedRegions
 from replicar.formats import record
 from replicar.formats.frame import Flag, Kind
 
@@ -97,6 +98,16 @@ def last_write_is_not_redone() -> Names:
         """Nothing is."""
 
     return ((Ladder, "_redo", redo),)
+
+
+def extents_are_retired() -> Names:
+    """A region whose writes wait as extents leaves the touched record with the next checkpoint. (It was so once.)"""
+    begin_round = TouchedRegions.begin_round
+
+    def forgetful(self: TouchedRegions, waiting: Any = NO_RANGES) -> None:
+        begin_round(self)
+
+    return ((TouchedRegions, "begin_round", forgetful),)
 
 
 def redone_over_newer() -> Names:

@@ -155,3 +155,16 @@ class Process:
             coroutine = task.get_coro()
             with suppress(BaseException):
                 self.context.copy().run(coroutine.close)
+
+
+def described(error: BaseException) -> str:
+    """An error with the place that it comes from."""
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        place = f"{code.co_filename.rpartition('/')[2]}:{trace.tb_lineno} in {code.co_name}"
+        trace = trace.tb_next
+    if isinstance(error, BaseExceptionGroup):
+        with suppress(IndexError):
+            return described(error.exceptions[0])
+    return f"{type(error).__name__}: {error} ({place})"

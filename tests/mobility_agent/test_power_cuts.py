@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from mobility_agent.checkpoint import Checkpointer
+from mobility_agent.ladder import Rung
 from mobility_agent.logstate import Past
 from mobility_agent.touched import REGION_BYTES, TouchedRegions
 from replicar.clock import SystemClock
@@ -22,7 +23,7 @@ from replicar.errors import ReplicarError
 from replicar.formats import frame
 from replicar.formats.frame import Frame
 from replicar.nbd.client import NbdClient
-from tests.mobility_agent.core import MIB, Core, agent_core, frames_of, replay
+from tests.mobility_agent.core import FILE_BYTES, MIB, Core, agent_core, frames_of, replay
 from tests.mobility_agent.power import Power
 
 DISK_BYTES = 4 * REGION_BYTES
@@ -161,6 +162,37 @@ async def test_initial_replication_goes_on_where_a_checkpoint_left_it(
         wanted = received[-1].header.next_sequence
         resent = frames_of(core.log, wanted)
         assert replay(resent, DISK_BYTES, base=replay(received, DISK_BYTES)) == content
+
+
+@pytest.mark.parametrize("extents_held", [4096, 4])
+async def test_what_a_full_log_did_not_take_is_sent_after_a_power_cut_however_long_it_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extents_held: int
+) -> None:
+    draw = random.Random(3)
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    with monkeypatch.context() as patched:
+        power = Power(before, patched)
+        async with agent_core(
+            before, disk_bytes=DISK_BYTES, limit_bytes=2 * FILE_BYTES, extents_held=extents_held
+        ) as core:
+            await _seed_all(core)
+            async with await NbdClient.connect(core.socket) as client:
+                while core.ladder.rung is Rung.ORDERED:
+                    await client.write(0, draw.randbytes(256 << 10))
+                for number in range(8):
+                    await client.write(2 * REGION_BYTES + number * 8192, draw.randbytes(4096))
+                await client.flush()
+            for _ in range(2):  # nothing is written in the second one's round
+                await Checkpointer(core.ladder, SystemClock()).checkpoint()
+            received = frames_of(core.log)
+            power.cut(after, draw)
+    async with agent_core(after, limit_bytes=64 * MIB, boot_id=b"after the cut".ljust(16)) as core:
+        assert core.log.past is Past.TOUCHED
+        await _seed_all(core)
+        resent = frames_of(core.log, received[-1].header.next_sequence)
+        held = replay(received, DISK_BYTES)
+        assert replay(resent, DISK_BYTES, base=held) == core.disk.path.read_bytes()
 
 
 @pytest.mark.soak
