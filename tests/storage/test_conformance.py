@@ -13,7 +13,7 @@ import pytest
 
 from replicar.clock import SystemClock
 from replicar.errors import ConflictError, FencedError, LimitError, PermanentError
-from replicar.storage import CopySource, MemoryStore, PageBlobStore, StorageTarget, is_missing, open_store
+from replicar.storage import MemoryStore, PageBlobStore, StorageTarget, is_missing, open_store
 from replicar.storage.azure import AzureBlobStore
 from replicar.storage.limits import LimitedStore
 from replicar.storage.retry import RetryingStore
@@ -377,29 +377,3 @@ async def test_the_service_version_of_azure_stack_hub_works(azurite: EmulatorPla
         assert await store.read_snapshot("a", snapshot, PAGE, PAGE) == pattern(PAGE)
         await store.delete_snapshot("a", snapshot)
         assert await store.snapshots("a") == []
-
-
-async def test_a_copy_is_what_the_snapshot_holds_and_asking_again_looks_at_it(store: PageBlobStore) -> None:
-    await store.create("a", MIB)
-    await store.put_pages("a", PAGE, pattern(2 * PAGE))
-    source = CopySource("a", await store.snapshot("a"))
-    await store.put_pages("a", 0, pattern(PAGE, 9))
-    while not await store.copy("some/copy", source):
-        await asyncio.sleep(0.1)
-    assert await store.read("some/copy", 0, MIB) == bytes(PAGE) + pattern(2 * PAGE) + bytes(MIB - 3 * PAGE)
-    await store.put_pages("some/copy", 0, pattern(PAGE, 3))
-    assert await store.copy("some/copy", source)
-    assert await store.read("some/copy", 0, PAGE) == pattern(PAGE, 3), "what was written to it stays"
-
-
-async def test_a_copy_is_made_of_what_is_there_and_over_nothing_else(store: PageBlobStore) -> None:
-    await store.create("a", MIB)
-    source = CopySource("a", await store.snapshot("a"))
-    await store.create("b", MIB)
-    with pytest.raises(ConflictError):
-        await store.copy("b", source)
-    await store.delete_snapshot("a", source.snapshot)
-    with pytest.raises(PermanentError) as raised:
-        await store.copy("c", source)
-    assert is_missing(raised.value)
-    assert [info.name for info in await store.list("c")] == []

@@ -118,7 +118,9 @@ async def test_a_failover_goes_on_from_the_warm_replica_and_makes_what_the_log_a
     await builder.seal()
     last = builder.sequence - 1
     stored = {"stored_segment": builder.number - 1, "stored_digest": builder.previous.hex()}
-    await stage.stored.cast.report_stored(last, **stored)
+    cast = stage.stored.cast
+    await cast.machine.agent_heartbeat(cast.house.machine_heartbeat(captured_sequence=last, ordered_from=(1, 1)))
+    await cast.report_stored(last, **stored)
     failover = await stage.job(JobKind.FAILOVER, JobParameters(options={"banner": "login:"}))
     assert failover.state is JobState.SUCCEEDED, failover.error
     (said,) = [step.message for step in failover.steps if step.name == "disks"]
