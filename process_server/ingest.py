@@ -39,7 +39,7 @@ WELCOME_SECONDS: Final = 10.0
 #: An acknowledgement waits this long for others to join it, and comes no sooner than so long after the last one. One
 #: that says *received* alone waits longer: the agent lets go of nothing by it, and *stored* mostly follows soon.
 ACK_PAUSE_SECONDS: Final = 0.005
-RECEIVED_PAUSE_SECONDS: Final = 0.1
+RECEIVED_PAUSE_SECONDS: Final = 0.25
 ACK_SPACING_SECONDS: Final = 0.02
 #: A peer that vanished without a word is noticed after 30 + 3 x 10 s.
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))

@@ -130,10 +130,12 @@ class Slots:
         self.release_index(slot.index)
 
     def _wake(self) -> None:
-        # Whoever has hung up meanwhile takes nothing, so the next one gets its turn; who may not yet keeps its own.
-        for stream, retry in list(self._waiting.items()):
+        # A thousand machines may wait for one buffer that came free, so whoever is not reached costs nothing. Whoever
+        # has hung up meanwhile takes nothing, so the next one gets its turn; who may not yet keeps its own.
+        for _ in range(len(self._waiting)):
             if not self._free or not (self._buffers.has_free or self._cold):
                 return
-            if self._waiting.get(stream) is retry and self.may_take(stream):
-                del self._waiting[stream]
-                retry()
+            following = next((stream for stream in self._waiting if self.may_take(stream)), None)
+            if following is None:
+                return
+            self._waiting.pop(following)()

@@ -19,6 +19,7 @@ Reading, the log begins at the floor; the chain of digests goes on from the one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -108,13 +109,18 @@ class Folder:
         )
 
     async def _settled(self) -> LogIndex:
-        """The index, when no fold that was never finished can be finished by its dead author any more."""
+        """The index, when no dead author holds a fold any more.
+
+        One that was never finished could still be; one that was could be neither marked as swept nor removed, and
+        nothing would ever be given up again.
+        """
         log = self._log
         known = await open_index(log.store, log.machine_id, log.keys)
-        later = [name for name in known.listing.folds if name.first > known.fold.generation]
-        for name in later:
+        leased = {info.name for info in await log.store.list(_index_prefix(log)) if info.leased}
+        held = [name for name in known.listing.folds if name.first > known.fold.generation or str(name) in leased]
+        for name in held:
             await log.store.break_lease(str(name))
-        return await open_index(log.store, log.machine_id, log.keys) if later else known
+        return await open_index(log.store, log.machine_id, log.keys) if held else known
 
     # --- deciding ---
 
@@ -165,7 +171,8 @@ class Folder:
             raise self._fenced(generation) from error
         lease_id = await log.store.acquire_lease(str(name))
         await writer.finish(values, lease_id=lease_id)
-        await log.store.release_lease(str(name), lease_id)
+        with suppress(FencedError):  # it is finished: whoever took us for dead has let it go
+            await log.store.release_lease(str(name), lease_id)
         root = await read_root(log.store, log.keys, name, FOLD_BYTES)
         if root is None:
             raise CorruptionError(f"the fold that was just written is not there: {name}", blob=str(name))

@@ -23,9 +23,11 @@ STORY_SECONDS: Final = 60.0
 FIRST_FAULT_SECONDS: Final = 2.0
 LEAST_FAULTS: Final = 10
 MOST_FAULTS: Final = 16
-#: Of stories: how many have somebody keep the log up, and how many faults of that come on top.
+#: Of stories: how many have somebody keep the log up, or parts of other versions; and how many faults of these at most
+#: come on top.
 UPKEEP_SHARE: Final = 0.3
-UPKEEP_FAULTS: Final = 3
+VERSIONS_SHARE: Final = 0.2
+MORE_FAULTS: Final = 3
 _KIB: Final = 1024
 
 
@@ -96,15 +98,38 @@ def story_of(seed: int, *, kinds: tuple[str, ...] | None = None, workload: Workl
     marks = tuple(sorted(draw.uniform(3.0, STORY_SECONDS) for _ in range(draw.randint(1, 5))))
     faults = _faults(draw, kinds or kinds_of())
     story = Story(seed, STORY_SECONDS, disks, agent, server, marks, faults)
-    return _kept_up(story, kinds)
+    if kinds is not None:
+        return replace(story, upkeep=_upkeep(seed)) if set(kinds) & set(kinds_of("upkeep")) else story
+    return _with_versions(_kept_up(story))
 
 
-def _kept_up(story: Story, kinds: tuple[str, ...] | None) -> Story:
-    """The story with its upkeep, if it has any. It draws from a stream of its own, so the rest of the story stays."""
-    draw, those = random.Random(f"{story.seed} upkeep"), kinds_of("upkeep")
-    if draw.random() >= UPKEEP_SHARE if kinds is None else not set(those) & set(kinds):
+def _kept_up(story: Story) -> Story:
+    """The story with its upkeep, if it has any. What is drawn here leaves the rest of it as it is."""
+    draw = random.Random(f"{story.seed} kept up")
+    if draw.random() >= UPKEEP_SHARE:
         return story
-    plan = UpkeepPlan(
+    marks = [draw.uniform(3.0, STORY_SECONDS - 10.0) for _ in range(draw.randint(2, 6))]
+    story = replace(story, upkeep=_upkeep(story.seed), marks=tuple(sorted((*story.marks, *marks))))
+    return _with_more(story, draw, kinds_of("upkeep"), draw.randint(0, MORE_FAULTS))
+
+
+def _with_versions(story: Story) -> Story:
+    """The story with parts of other versions, if it has any; likewise."""
+    draw = random.Random(f"{story.seed} versions")
+    if draw.random() >= VERSIONS_SHARE:
+        return story
+    return _with_more(story, draw, kinds_of("versions"), draw.randint(1, MORE_FAULTS))
+
+
+def _with_more(story: Story, draw: random.Random, kinds: tuple[str, ...], count: int) -> Story:
+    first = 1 + max(fault.number for fault in story.faults)
+    more = [_fault(draw, draw.choice(kinds), first + number) for number in range(count)]
+    return replace(story, faults=tuple(sorted((*story.faults, *more), key=lambda fault: fault.at)))
+
+
+def _upkeep(seed: int) -> UpkeepPlan:
+    draw = random.Random(f"{seed} upkeep")
+    return UpkeepPlan(
         every_seconds=draw.choice((2.0, 4.0, 8.0)),
         checkpoint_segments=draw.choice((1, 2, 4)),
         window_seconds=draw.choice((4.0, 8.0, 15.0)),
@@ -113,10 +138,6 @@ def _kept_up(story: Story, kinds: tuple[str, ...] | None) -> Story:
         grace_seconds=draw.choice((1.0, 3.0, 8.0)),
         by_hand=draw.random() < 0.5,
     )
-    more = [_fault(draw, draw.choice(those), MOST_FAULTS + number) for number in range(draw.randint(0, UPKEEP_FAULTS))]
-    marks = [draw.uniform(3.0, STORY_SECONDS - 10.0) for _ in range(draw.randint(2, 6))]
-    faults = tuple(sorted((*story.faults, *(more if kinds is None else ())), key=lambda fault: fault.at))
-    return replace(story, upkeep=plan, faults=faults, marks=tuple(sorted((*story.marks, *marks))))
 
 
 def _disk(name: str, draw: random.Random) -> DiskPlan:

@@ -34,6 +34,8 @@ REST_SECONDS: Final = 240.0
 #: An operator folds by hand after so long, again and again.
 BY_HAND_SECONDS: Final = (2.0, 10.0)
 LOOK_SECONDS: Final = 0.5
+_WORKER: Final = "recovery-worker"
+_BY_HAND: Final = "fold by hand"
 
 
 class Upkeep:
@@ -42,6 +44,7 @@ class Upkeep:
     def __init__(self, stage: Stage) -> None:
         assert stage.story.upkeep is not None
         self.plan = stage.story.upkeep
+        self.worker = f"{cast.WORKER}/{_WORKER}"  # its place
         self._stage = stage
         self._draw = stage.world.draw("upkeep")
         self._processes: dict[str, Process] = {}
@@ -60,6 +63,10 @@ class Upkeep:
     def processes(self) -> list[Process]:
         """Who is alive."""
         return [process for process in self._processes.values() if process.alive]
+
+    def restart_worker(self) -> None:
+        """SIGTERM, which a worker knows no end of its own for; it is started again."""
+        self._stage.world.kill(self._processes[_WORKER])
 
     async def fold(self) -> Fold:
         """The one that is in force."""
@@ -117,8 +124,10 @@ class Upkeep:
         self._busy.add(process)
         try:
             kept = await fold_once(log, stored, self.plan, self._stage.world.clocks[cast.WORKER])
-        except CorruptionError as error:
-            self._stage.violated(f"{process} finds the log damaged: {error}")
+        except ReplicarError as error:
+            self._stage.world.note(f"{process} does not fold: {type(error).__name__}: {error}")
+            if isinstance(error, CorruptionError) and "version" not in error.fields:
+                self._stage.violated(f"{process} finds the log damaged: {error}")
             raise
         finally:
             self._busy.discard(process)
@@ -136,7 +145,7 @@ class Upkeep:
 
             await run_worker(process, self.plan, world.clocks[cast.WORKER], world.blobs, seed, fold)
 
-        self._started("recovery-worker", world.start(cast.WORKER, "recovery-worker", main))
+        self._started(_WORKER, world.start(cast.WORKER, _WORKER, main))
 
     def _start_by_hand(self) -> None:
         stage, seed, pause = self._stage, self._draw.getrandbits(32), self._draw.uniform(*BY_HAND_SECONDS)
@@ -150,8 +159,8 @@ class Upkeep:
             if not self._resting:
                 await run_by_hand(process, world.clocks[cast.WORKER], world.blobs, seed, fold)
 
-        self._started("fold by hand", world.start(cast.WORKER, "fold by hand", main))
+        self._started(_BY_HAND, world.start(cast.WORKER, _BY_HAND, main))
 
     def _started(self, name: str, process: Process) -> None:
         self._processes[name] = process
-        self._stage.supervise(process, self._start_by_hand if name == "fold by hand" else self._start_worker)
+        self._stage.supervise(process, self._start_by_hand if name == _BY_HAND else self._start_worker)

@@ -23,15 +23,10 @@ from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.host import Host
 from mobility_agent.capture.reading import Reader, invalid
 from mobility_agent.capture.writing import Writer
-from replicar.errors import CorruptionError
 from replicar.formats.frame import SECTOR_BYTES, Kind
 from replicar.nbd import protocol as nbd
+from replicar.nbd.greeting import ANSWER_BYTES, Greeting
 from replicar.nbd.protocol import REPLY, REPLY_MAGIC, REQUEST, REQUEST_MAGIC, Command, CommandFlag, Errno
-
-#: Answers that a client does not fetch: beyond this its requests are not carried out any more.
-ANSWER_BYTES: Final = 8 << 20
-#: A client that has not chosen a disk by then is hung up on: it holds one of few connections.
-HANDSHAKE_SECONDS: Final = 30.0
 
 _log = logging.getLogger(__name__)
 _HEADER_BYTES: Final = REQUEST.size
@@ -70,12 +65,9 @@ class Connection(asyncio.BufferedProtocol):
         self.parsed = 0
         self._host = host
         self._ladder, self._log = host.ladder, host.ladder.log
-        self._handshake: nbd.Handshake | None = nbd.Handshake(host.exports, tls)
-        self._deadline: asyncio.TimerHandle | None = None
-        self._securing: asyncio.Task[None] | None = None
-        self._early = b""  # came within TLS before the task that put it there was told that it stands
+        self._greeting: Greeting | None = Greeting(self, nbd.Handshake(host.exports, tls), host.tls)
         self._reader: Reader
-        self._greeting = memoryview(bytearray(4096))
+        self._hall = memoryview(bytearray(4096))  # the handshake's bytes
         self._carry = b""  # received and not parsed, while the open frame is somebody else's
         self._needed = 0  # bytes that the unfinished request at the end still lacks
         self._large: _LargeWrite | None = None
@@ -91,17 +83,15 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is one without inheriting from it
         transport.set_write_buffer_limits(high=ANSWER_BYTES)
         if self._host.admit(self):
-            self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._give_up)
-            transport.write(nbd.Handshake.greeting())
+            assert self._greeting is not None
+            self._greeting.begin(transport)
         else:
             transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
-        if self._deadline is not None:
-            self._deadline.cancel()
-        if self._securing is not None:
-            self._securing.cancel()
+        if self._greeting is not None:
+            self._greeting.end()
         self._host.forget(self)
         self._log.disown(self)
 
@@ -116,7 +106,7 @@ class Connection(asyncio.BufferedProtocol):
     def hold(self) -> None:
         """Carry out nothing more until `resume`."""
         self._holding = True
-        if self._handshake is None:
+        if self._greeting is None:
             self._transport.pause_reading()
 
     def resume(self) -> None:
@@ -134,14 +124,14 @@ class Connection(asyncio.BufferedProtocol):
         if self._closing or self._paused or self._recording or self._holding:
             return
         self._transport.resume_reading()
-        if self._handshake is None and self._log.buffer(self, 0) is None:
+        if self._greeting is None and self._log.buffer(self, 0) is None:
             self._claim()
-        if self._handshake is None:
+        if self._greeting is None:
             self._process()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._handshake is not None:
-            return self._greeting
+        if self._greeting is not None:
+            return self._hall
         room = self._log.buffer(self, self._needed)
         if room is None:
             self._claim()
@@ -150,8 +140,8 @@ class Connection(asyncio.BufferedProtocol):
         return room
 
     def buffer_updated(self, count: int) -> None:
-        if self._handshake is not None:
-            self._greet(bytes(self._greeting[:count]))
+        if self._greeting is not None:
+            self._greeting.received(bytes(self._hall[:count]))
         else:
             self._log.free += count
             self._process()
@@ -168,57 +158,17 @@ class Connection(asyncio.BufferedProtocol):
         self._closing = True
         self._transport.close()
 
-    def _greet(self, data: bytes) -> None:
-        handshake = self._handshake
-        assert handshake is not None
-        if self._securing is not None:
-            self._early += data
-            return
-        try:
-            self._transport.write(handshake.receive(data))
-        except CorruptionError as error:
-            _log.warning("an NBD client was refused: %s", error.message)
-            self._transport.abort()
-            return
-        if handshake.finished:
-            self._transport.close()
-        elif handshake.starts_tls:
-            self._transport.pause_reading()  # what comes now is TLS's
-            self._securing = asyncio.get_running_loop().create_task(self._secure(handshake))
-        elif handshake.chosen is not None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-            self._disk = self._host.disks[handshake.chosen.export]
-            self._reader = Reader(self._disk, handshake.chosen)
-            self._writer = Writer(self._ladder, self._disk)
-            self._handshake, self._carry = None, handshake.rest
-            if self._carry:
-                self._claim()
-                self._process()
+    def secured(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
 
-    async def _secure(self, handshake: nbd.Handshake) -> None:
-        """Put TLS under the connection; the client has to show a certificate."""
-        assert self._host.tls is not None, "TLS is offered where it can be had"
-        try:
-            secured = await asyncio.get_running_loop().start_tls(
-                self._transport, self, self._host.tls, server_side=True, ssl_handshake_timeout=HANDSHAKE_SECONDS
-            )
-        except (OSError, TimeoutError) as error:
-            _log.warning("an NBD client was refused: TLS with it failed: %s", error)
-            self._transport.abort()
-            return
-        assert secured is not None
-        self._transport = secured
-        self._transport.set_write_buffer_limits(high=ANSWER_BYTES)
-        handshake.secured()
-        self._securing, early, self._early = None, self._early, b""
-        if early:
-            self._greet(early)
-        self._transport.resume_reading()
-
-    def _give_up(self) -> None:
-        if self._handshake is not None:
-            self._hang_up("has not chosen a disk")
+    def chose(self, chosen: nbd.Chosen, rest: bytes) -> None:
+        self._disk = self._host.disks[chosen.export]
+        self._reader = Reader(self._disk, chosen)
+        self._writer = Writer(self._ladder, self._disk)
+        self._greeting, self._carry = None, rest
+        if rest:
+            self._claim()
+            self._process()
 
     def _claim(self) -> None:
         self._log.disown(self)  # what is unparsed moves along, by way of `release`
@@ -344,7 +294,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _hang_up(self, why: str) -> None:
         _log.warning(
-            "an NBD client%s %s: hanging up", f" of disk {self._disk.name}" if self._handshake is None else "", why
+            "an NBD client%s %s: hanging up", f" of disk {self._disk.name}" if self._greeting is None else "", why
         )
         self._closing = True
         self._transport.abort()

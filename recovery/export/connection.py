@@ -16,18 +16,15 @@ from collections.abc import Coroutine, Mapping
 from typing import Any, Final, Protocol, cast
 
 from recovery.export.disk import ServedDisk
-from replicar.errors import CorruptionError, ReplicarError
+from replicar.errors import ReplicarError
 from replicar.formats.frame import SECTOR_BYTES
 from replicar.nbd import protocol as nbd, replies
+from replicar.nbd.greeting import ANSWER_BYTES, Greeting
 from replicar.nbd.protocol import REQUEST, REQUEST_MAGIC, Command, CommandFlag, Errno
 from replicar.observe.logs import fields
 
 #: Requests of one client that may be under way.
 MAX_REQUESTS: Final = 64
-#: Answers that a client does not fetch: beyond this its requests are not carried out any more.
-ANSWER_BYTES: Final = 8 << 20
-#: A client that has not chosen a disk by then is hung up on: it holds one of few connections.
-HANDSHAKE_SECONDS: Final = 30.0
 #: When an export ends, what is under way may take so long; storage may be away.
 CLOSING_SECONDS: Final = 5.0
 #: Of what lies where, extents in one answer, and the range that is looked at for it; the client asks on from there.
@@ -62,14 +59,12 @@ class Connection(asyncio.Protocol):
         self._host = host
         sizes = {name: disk.size_bytes for name, disk in host.disks.items()}
         read_only = not any(disk.is_writable for disk in host.disks.values())
-        self._handshake: nbd.Handshake | None = nbd.Handshake(sizes, policy, read_only=read_only)
+        handshake = nbd.Handshake(sizes, policy, read_only=read_only)
+        self._greeting: Greeting | None = Greeting(self, handshake, host.tls)
         self._chosen: nbd.Chosen
         self._disk: ServedDisk
         self._data = bytearray()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._securing: asyncio.Task[None] | None = None
-        self._early = b""  # came within TLS before the task that put it there was told that it stands
-        self._deadline: asyncio.TimerHandle | None = None
         self._paused = self._closing = self._leaving = False
         self._transport: asyncio.Transport
 
@@ -77,16 +72,16 @@ class Connection(asyncio.Protocol):
         self._transport = transport = cast(asyncio.Transport, transport)
         transport.set_write_buffer_limits(high=ANSWER_BYTES)
         if self._host.admit(self):
-            self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._give_up)
-            transport.write(nbd.Handshake.greeting())
+            assert self._greeting is not None
+            self._greeting.begin(transport)
         else:
             transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
-        if self._deadline is not None:
-            self._deadline.cancel()
-        for task in [*self._tasks, *([self._securing] if self._securing is not None else [])]:
+        if self._greeting is not None:
+            self._greeting.end()
+        for task in self._tasks:
             task.cancel()
         self._host.forget(self)
 
@@ -99,12 +94,12 @@ class Connection(asyncio.Protocol):
 
     def resume(self) -> None:
         """Go on parsing, now that something was given back."""
-        if not self._closing and self._handshake is None:
+        if not self._closing and self._greeting is None:
             self._process()
 
     def data_received(self, data: bytes) -> None:
-        if self._handshake is not None:
-            self._greet(self._handshake, data)
+        if self._greeting is not None:
+            self._greeting.received(data)
         else:
             self._data += data
             self._process()
@@ -118,50 +113,14 @@ class Connection(asyncio.Protocol):
 
     # --- handshake ---
 
-    def _greet(self, handshake: nbd.Handshake, data: bytes) -> None:
-        if self._securing is not None:
-            self._early += data
-            return
-        try:
-            self._transport.write(handshake.receive(data))
-        except CorruptionError as error:
-            self._hang_up(error.message)
-            return
-        if handshake.finished:
-            self._transport.close()
-        elif handshake.starts_tls:
-            self._transport.pause_reading()  # what comes now is TLS's
-            self._securing = asyncio.get_running_loop().create_task(self._secure(handshake))
-        elif handshake.chosen is not None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-            self._chosen, self._disk = handshake.chosen, self._host.disks[handshake.chosen.export]
-            self._handshake = None
-            self._data += handshake.rest
-            self._process()
+    def secured(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
 
-    async def _secure(self, handshake: nbd.Handshake) -> None:
-        """Put TLS under the connection; the client has to show a certificate."""
-        assert self._host.tls is not None, "TLS is offered where it can be had"
-        try:
-            secured = await asyncio.get_running_loop().start_tls(
-                self._transport, self, self._host.tls, server_side=True, ssl_handshake_timeout=HANDSHAKE_SECONDS
-            )
-        except (OSError, TimeoutError) as error:
-            self._hang_up(f"TLS with it failed: {error}")
-            return
-        assert secured is not None
-        self._transport = secured
-        self._transport.set_write_buffer_limits(high=ANSWER_BYTES)
-        handshake.secured()
-        self._securing, early, self._early = None, self._early, b""
-        if early:
-            self._greet(handshake, early)
-        self._transport.resume_reading()
-
-    def _give_up(self) -> None:
-        if self._handshake is not None:
-            self._hang_up("it has not chosen a disk")
+    def chose(self, chosen: nbd.Chosen, rest: bytes) -> None:
+        self._greeting = None
+        self._chosen, self._disk = chosen, self._host.disks[chosen.export]
+        self._data += rest
+        self._process()
 
     # --- requests ---
 

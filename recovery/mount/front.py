@@ -12,7 +12,6 @@ import errno
 import logging
 import mmap
 import os
-import struct
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ from recovery.export.disk import ServedDisk
 from replicar.errors import CorruptionError, ReplicarError
 from replicar.formats.frame import SECTOR_BYTES
 from replicar.fuse import mount, protocol
+from replicar.fuse.channel import Channel, Silence
 from replicar.fuse.protocol import FILE, SILENT, Opcode, Request, Tree
 from replicar.observe.logs import fields
 
@@ -43,10 +43,9 @@ class DiskFile:
         self.path = directory / NAME
         self._disk, self._directory = disk, directory
         self._tree = Tree(NAME, disk.size_bytes, owner=os.geteuid(), group=os.getegid(), time_ns=time_ns)
-        self._fd = -1
+        self._channel = Channel(-1, memoryview(mmap.mmap(-1, protocol.MAX_REQUEST_BYTES)))
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._received = memoryview(mmap.mmap(-1, protocol.MAX_REQUEST_BYTES))
 
     def open(self) -> None:
         """Show the file.
@@ -54,82 +53,59 @@ class DiskFile:
         Raises:
             PermanentError: it can't be; see `mount`.
         """
-        self._fd = mount.mount(self._directory)
-        self._loop.add_reader(self._fd, self._readable)
+        self._channel.fd = mount.mount(self._directory)
+        self._loop.add_reader(self._channel.fd, self._readable)
 
     async def aclose(self) -> None:
         """Take the file away, also from who uses it still."""
-        if self._fd < 0:
+        if self._channel.fd < 0:
             return
         # Its users' questions, of which unmounting may be the last, are answered meanwhile.
         await asyncio.to_thread(mount.unmount, self._directory, lazily=True)
-        self._loop.remove_reader(self._fd)
+        self._loop.remove_reader(self._channel.fd)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        os.close(self._fd)
-        self._fd = -1
+        os.close(self._channel.fd)
+        self._channel.fd = -1
         self._directory.rmdir()
 
     def _readable(self) -> None:
         for _ in range(BATCH):
             try:
-                count = os.readv(self._fd, [self._received])
-            except BlockingIOError:
-                return
+                received = self._channel.receive()
             except OSError as error:
-                if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue  # the request was taken back
-                self._loop.remove_reader(self._fd)  # ENODEV: it is unmounted
+                _log.error("disk %s is no longer shown at %s: %s", self._disk.name, self.path, error.strerror)
+                received = Silence.UNMOUNTED
+            if received is Silence.UNMOUNTED:
+                self._loop.remove_reader(self._channel.fd)
+            if isinstance(received, Silence):
                 return
-            data = self._received[:count]
-            request = protocol.read_request(data)
+            request, body = received
             try:
-                self._carry_out(request, data[request.body :])
+                self._carry_out(request, body)
             except CorruptionError as error:
                 _log.error("the kernel asked something odd of disk %s: %s", self._disk.name, error.message)
                 if request.opcode not in SILENT:
-                    self._send(protocol.refusal(request.unique, errno.EINVAL))
+                    self._channel.send(protocol.refusal(request.unique, errno.EINVAL))
 
     def _carry_out(self, request: Request, body: memoryview) -> None:
-        unique, tree = request.unique, self._tree
+        unique = request.unique
         match request.opcode:
             case Opcode.READ:
-                _, offset, length, *_ = protocol.fields(protocol.READ, body)
-                self._begin(self._read(unique, offset, length))
+                self._begin(self._read(unique, *protocol.range_of(body)))
             case Opcode.WRITE:
-                _, offset, length, *_ = protocol.fields(protocol.WRITE, body)
-                content = body[protocol.WRITE.size : protocol.WRITE.size + length]
+                offset, length, content = protocol.content_of(body)
                 error = self._change(offset, length, content)
-                written = struct.pack("=II", length, 0)
-                self._send(protocol.refusal(unique, error) if error else protocol.answer(unique, written))
+                self._channel.send(protocol.refusal(unique, error) if error else protocol.written(unique, length))
             case Opcode.FALLOCATE:
-                _, offset, length, mode, _ = protocol.fields(protocol.FALLOCATE, body)
-                kinds = (protocol.PUNCH_HOLE, protocol.ZERO_RANGE)
-                zeroing = mode & protocol.KEEP_SIZE and mode & ~protocol.KEEP_SIZE in kinds
-                error = self._change(offset, length, None) if zeroing else errno.EOPNOTSUPP
-                self._send(protocol.refusal(unique, error) if error else protocol.answer(unique))
+                zeroes = protocol.zeroes_of(body)
+                error = self._change(*zeroes, None) if zeroes is not None else errno.EOPNOTSUPP
+                self._channel.send(protocol.refusal(unique, error) if error else protocol.answer(unique))
             case Opcode.FSYNC if request.node == FILE:
                 self._begin(self._flush(unique))
-            case Opcode.INIT:
-                self._send(protocol.init(unique, body))
-            case Opcode.LOOKUP:
-                self._send(tree.lookup(unique, body))
-            case Opcode.GETATTR:
-                self._send(tree.attributes(unique, request.node))
-            case Opcode.OPEN | Opcode.OPENDIR:
-                self._send(tree.opened(unique, request.node))
-            case Opcode.READDIR:
-                _, offset, size, *_ = protocol.fields(protocol.READ, body)
-                self._send(tree.listing(unique, offset, size))
-            case Opcode.STATFS:
-                self._send(tree.space(unique))
-            case Opcode.FSYNC | Opcode.FLUSH | Opcode.RELEASE | Opcode.RELEASEDIR | Opcode.DESTROY | Opcode.ACCESS:
-                self._send(protocol.answer(unique))
-            case silent if silent in SILENT:
-                pass
             case _:
-                self._send(protocol.refusal(unique, errno.ENOSYS))
+                self._channel.send(self._tree.answer(request, body))
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -151,17 +127,19 @@ class DiskFile:
                 words,
                 extra=fields(disk=self._disk.name, offset=offset),
             )
-            self._send(protocol.refusal(unique, errno.EIO))
+            self._channel.send(protocol.refusal(unique, errno.EIO))
             return
-        self._send(protocol.answer_head(unique, length), memoryview(content)[offset - start : offset - start + length])
+        self._channel.send(
+            protocol.answer_head(unique, length), memoryview(content)[offset - start : offset - start + length]
+        )
 
     async def _flush(self, unique: int) -> None:
         try:
             await self._disk.flush()
         except OSError:
-            self._send(protocol.refusal(unique, errno.EIO))
+            self._channel.send(protocol.refusal(unique, errno.EIO))
             return
-        self._send(protocol.answer(unique))
+        self._channel.send(protocol.answer(unique))
 
     def _change(self, offset: int, length: int, content: memoryview | None) -> int:
         """Write, or make zeros; an error number, 0 if it is done."""
@@ -177,10 +155,3 @@ class DiskFile:
         except OSError as error:
             return error.errno or errno.EIO
         return 0
-
-    def _send(self, *parts: bytes | memoryview) -> None:
-        try:
-            os.writev(self._fd, parts)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):  # taken back, or unmounted: nobody waits for it
-                raise

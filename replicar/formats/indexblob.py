@@ -254,7 +254,8 @@ def read_header(data: Buffer, name: IndexName) -> IndexHeader | None:
         None where none was written: the blob was never finished.
 
     Raises:
-        CorruptionError: when it is no index blob of this version, or another one than its name says.
+        CorruptionError: when it is no index blob of this version, or another one than its name says. With the field
+            `version`, it is one of a later version, and sound for all that is known.
     """
     raw = bytes(data[:HEADER_BYTES])
     if len(raw) < HEADER_BYTES:
@@ -269,7 +270,12 @@ def read_header(data: Buffer, name: IndexName) -> IndexHeader | None:
     if struct.unpack_from("<Q", raw, _HEADER.size)[0] != xxhash.xxh3_64_intdigest(raw[: _HEADER.size]):
         raise CorruptionError(f"the header of index blob {name} fails its checksum", blob=str(name))
     if version not in (VERSION, _WHOLLY_SEALED) or size != HEADER_BYTES:
-        raise CorruptionError(f"index blob version {version} is not known here", hint="upgrade this part")
+        raise CorruptionError(
+            f"index blob {name} is of version {version}, which is not known here",
+            hint="upgrade this part, as whoever wrote that was",
+            version=version,
+            blob=str(name),
+        )
     said = (uuid.UUID(bytes=machine), kind, first, last)
     if said != (name.machine_id, name.kind, name.first, name.last):
         raise CorruptionError(f"index blob {name} holds the header of another", blob=str(name))

@@ -1,5 +1,6 @@
 """A disk shown as a file by the kernel's FUSE protocol, without a helper program or a library.
 
-`protocol` is the kernel's language for a directory with one file, `mount` puts such a directory somewhere. Who answers
-the kernel's questions is each part's own: the agent's front captures writes, recovery's reads the sealed log.
+`protocol` is the kernel's language for a directory with one file, `channel` hears and speaks it, `mount` puts such a
+directory somewhere. What the file holds is each part's own: the agent's front captures writes, recovery's reads the
+sealed log.
 """

@@ -110,6 +110,42 @@ def fields(layout: struct.Struct, data: memoryview) -> tuple[int, ...]:
     return layout.unpack_from(data)
 
 
+def content_of(body: memoryview) -> tuple[int, int, memoryview]:
+    """What a WRITE is about: offset, the length it claims, and the bytes that came.
+
+    Raises:
+        CorruptionError: as `fields`.
+    """
+    _, offset, length, *_ = fields(WRITE, body)
+    return offset, length, body[WRITE.size : WRITE.size + length]
+
+
+def range_of(body: memoryview) -> tuple[int, int]:
+    """What a READ or READDIR is about: offset and length, in bytes.
+
+    Raises:
+        CorruptionError: as `fields`.
+    """
+    _, offset, length, *_ = fields(READ, body)
+    return offset, length
+
+
+def zeroes_of(body: memoryview) -> tuple[int, int] | None:
+    """The offset and length in bytes that a FALLOCATE makes zeros; None where it asks for anything else.
+
+    Raises:
+        CorruptionError: as `fields`.
+    """
+    _, offset, length, mode, _ = fields(FALLOCATE, body)
+    is_zeroing = mode & KEEP_SIZE and mode & ~KEEP_SIZE in (PUNCH_HOLE, ZERO_RANGE)
+    return (offset, length) if is_zeroing else None
+
+
+def written(unique: int, length: int) -> bytes:
+    """The answer to a WRITE of which all is taken."""
+    return answer(unique, struct.pack("=II", length, 0))
+
+
 def answer(unique: int, body: bytes = b"") -> bytes:
     """An answer that went well."""
     return _OUT.pack(_OUT.size + len(body), 0, unique) + body
@@ -166,6 +202,33 @@ class Tree:
         self._size = size_bytes
         self._owner, self._group = owner, group
         self._seconds = time_ns // 10**9
+
+    def answer(self, request: Request, body: memoryview) -> bytes:
+        """The answer to what is not about content; nothing (no bytes) where nobody waits for one.
+
+        Raises:
+            CorruptionError: nothing a kernel sends that speaks this protocol.
+        """
+        unique = request.unique
+        match request.opcode:
+            case Opcode.INIT:
+                return init(unique, body)
+            case Opcode.LOOKUP:
+                return self.lookup(unique, body)
+            case Opcode.GETATTR:
+                return self.attributes(unique, request.node)
+            case Opcode.OPEN | Opcode.OPENDIR:
+                return self.opened(unique, request.node)
+            case Opcode.READDIR:
+                return self.listing(unique, *range_of(body))
+            case Opcode.STATFS:
+                return self.space(unique)
+            case Opcode.FSYNC | Opcode.FLUSH | Opcode.RELEASE | Opcode.RELEASEDIR | Opcode.DESTROY | Opcode.ACCESS:
+                return answer(unique)
+            case silent if silent in SILENT:
+                return b""
+            case _:
+                return refusal(unique, errno.ENOSYS)
 
     def lookup(self, unique: int, body: memoryview) -> bytes:
         if bytes(body).rstrip(b"\0") != self._name:

@@ -6,7 +6,8 @@ checkpoints that the fold keeps are left. Every reader that does not know better
 
 Blobs without a header were never finished and are passed over. One that is damaged is passed over too where an older
 one does as well: a checkpoint spares work, it vouches for nothing that the log itself could not be read for. Only when
-none is left that a folded log can begin with is that an error.
+none is left that a folded log can begin with is that an error. A fold of a version that is not known here is always
+one: it is in force for whoever wrote it, and nobody's to overrule.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ async def open_index(store: PageBlobStore, machine_id: uuid.UUID, keys: Mapping[
     """Look at a machine's index blobs.
 
     Raises:
-        CorruptionError: there are folds, and none of them can be read.
+        CorruptionError: there are folds, and none of them can be read; or one was made by a later version of Replicar.
         PermanentError: a key is not at hand.
     """
     listing = await list_index(store, machine_id)
@@ -133,6 +134,8 @@ async def open_index(store: PageBlobStore, machine_id: uuid.UUID, keys: Mapping[
         try:
             root = await read_root(store, keys, name, listing.sizes[name])
         except CorruptionError as error:
+            if "version" in error.fields:
+                raise  # it is in force for whoever wrote it, and may have given up what an older one keeps
             damage = damage or error
             continue
         if root is not None:

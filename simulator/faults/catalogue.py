@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from simulator.faults import control, deaths, disks, links, storage, upkeep
+from simulator.faults import control, deaths, disks, links, storage, upkeep, versions
 
 if TYPE_CHECKING:
     from simulator.stage import Stage
@@ -21,7 +21,7 @@ Injector = Callable[["Stage", random.Random, float], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How one kind is injected, between which seconds it lasts, and what a story must have for it: a field's name."""
+    """How one kind is injected, between which seconds it lasts, and which stories may have it: `of`."""
 
     inject: Injector
     shortest: float = 0.0
@@ -81,9 +81,15 @@ CATALOGUE: Final[Mapping[str, Kind]] = {
     "clock_jumps": Kind(control.clock_jumps),
     "folder_killed": Kind(upkeep.folder_killed, of="upkeep"),
     "folder_cut_off": Kind(upkeep.folder_cut_off, 2.0, 20.0, of="upkeep"),
+    "folder_former": Kind(versions.folder_former, 3.0, 20.0, of="upkeep"),
+    "folder_newer": Kind(versions.folder_newer, 8.0, 25.0, of="upkeep"),
+    "agent_newer": Kind(versions.agent_newer, 2.0, 20.0, of="versions"),
+    "agent_foreign": Kind(versions.agent_foreign, 2.0, 15.0, of="versions"),
+    "server_newer": Kind(versions.server_newer, 2.0, 20.0, of="versions"),
+    "server_foreign": Kind(versions.server_foreign, 2.0, 15.0, of="versions"),
 }
 
 
 def kinds_of(part: str = "") -> tuple[str, ...]:
-    """The kinds that every story may have, or those of a part that only some stories have."""
+    """The kinds that every story may have, or those of a part that only some have: upkeep, versions."""
     return tuple(name for name, kind in CATALOGUE.items() if kind.of == part)

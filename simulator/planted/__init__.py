@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from simulator.planted import agent, recovery, server, upkeep
+from simulator.planted import agent, recovery, server, stream, upkeep
 from simulator.story import Story, story_of
 from simulator.workloads import Kind, Workload
 from simulator.world.replaced import replaced
@@ -66,6 +66,7 @@ PLANTED: Final[Mapping[str, Bug]] = {
     "points_in_gaps": _bug(recovery.points_in_gaps, "machine_power", "write_errors"),
     "needed_segment_is_freed": _bug(upkeep.needed_segment_is_freed, "folder_killed", "server_killed"),
     "past_ages_by_the_clock": _bug(upkeep.past_ages_by_the_clock, "folder_killed", "clock_jumps"),
+    "news_are_refused": _bug(stream.news_are_refused, "agent_newer", "server_newer"),
     "newest_write_loses": _bug(recovery.newest_write_loses, "link_reset"),
 }
 

@@ -37,6 +37,7 @@ from simulator.world.loop import VirtualLoop
 from simulator.world.network import VirtualNetwork
 from simulator.world.processes import Killed, Machine, Process, current
 from simulator.world.replaced import replaced
+from simulator.world.versions import Versions
 
 #: The longest trace that is kept line by line; the digest is of all lines.
 TRACE_LINES: Final = 20_000
@@ -53,6 +54,7 @@ class World:
         self.machines: dict[str, Machine] = {}
         self.clocks: dict[str, MachineClock] = {}
         self.services: dict[str, ControlService] = {}
+        self.versions = Versions()
         self.trace: list[str] = []
         self._digest = hashlib.sha256()
         self._processes: list[Process] = []
@@ -108,6 +110,7 @@ class World:
         """Start a program on a machine."""
         process = Process(self.machines[machine], name, self.loop)
         self._processes.append(process)
+        self.versions.started(process)
         process.identity = cast.who(machine) if machine in (*cast.MACHINES, *cast.SERVERS) else None
         self.note(f"{process} starts")
         process.start(main(process))
@@ -167,7 +170,7 @@ def standing(seed: int) -> Iterator[World]:
     gc.disable()
     asyncio.set_event_loop(world.loop)
     try:
-        with world.calls.installed(), replaced((client, "Transport", ControlTransport), (core, "boot_id", _boot_id)):
+        with world.calls.installed(), replaced(*_names(world)):
             try:
                 yield world
             finally:
@@ -181,6 +184,10 @@ def standing(seed: int) -> Iterator[World]:
         shutil.rmtree(directory, ignore_errors=True)
         if collecting:
             gc.enable()
+
+
+def _names(world: World) -> tuple[tuple[Any, str, Any], ...]:
+    return ((client, "Transport", ControlTransport), (core, "boot_id", _boot_id), *world.versions.names())
 
 
 def _boot_id() -> bytes:

@@ -108,9 +108,12 @@ async def test_a_checkpoint_mends_the_disk_by_writing_again_what_is_recorded(
             assert touched.ranges() == [(REGION_BYTES, REGION_BYTES)]
             written: list[tuple[int, bytes]] = []
             write = core.disk.write
-            monkeypatch.setattr(
-                core.disk, "write", lambda at, data: (written.append((at, bytes(data))), write(at, data))
-            )
+
+            def watched(at: int, data: bytes) -> None:
+                written.append((at, data))
+                write(at, data)
+
+            monkeypatch.setattr(core.disk, "write", watched)
             await checkpointer.checkpoint()
             again = [(at, data) for at, data in written if at <= REGION_BYTES + 8192 < at + len(data)]
             assert [data[REGION_BYTES + 8192 - at :][:4096] for at, data in again] == [b"x" * 4096]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -15,7 +16,7 @@ from recovery.points import AtSequence, Instant, Named, locate
 from recovery.retention import Policy, Rule, plan_fold
 from recovery.view import View
 from replicar.errors import CorruptionError, FencedError, PermanentError
-from replicar.formats.indexblob import BlobKind, IndexName
+from replicar.formats.indexblob import HEADER_BYTES, VERSION, BlobKind, IndexName, read_header
 from replicar.formats.record import Consistency
 from replicar.log.index import Fold, Kept, open_index
 from replicar.storage import MemoryStore
@@ -193,6 +194,41 @@ async def test_a_second_folder_goes_away_and_one_that_was_taken_over_stops() -> 
     assert (await scene.folder().run()).decided
     with pytest.raises(FencedError):
         await first.beat()
+
+
+@pytest.mark.parametrize("in_force", [True, False])
+async def test_a_folder_that_died_holding_its_finished_fold_is_in_nobodys_way(in_force: bool) -> None:
+    scene = await Scene(8).begin()
+    assert (await scene.folder().run()).decided
+    fold = IndexName(scene.builder.machine_id, BlobKind.FOLD, (await scene.current()).generation, 0, "00000000")
+    await scene.store.acquire_lease(str(fold))
+    if in_force:
+        scene.pause()
+    await scene.live(10)  # then it is swept by its successor's first run, else removed in a later one
+    assert (await scene.fold()).decided
+    assert (await scene.fold()).swept
+    assert fold not in (await open_index(scene.store, scene.builder.machine_id, {1: scene.builder.key})).listing.folds
+    await scene.check()
+
+
+async def test_a_fold_of_a_later_version_is_overruled_by_nobody() -> None:
+    scene = await Scene(10).begin()
+    await scene.fold()
+    await scene.live(10)
+    await scene.fold()
+    generation = (await scene.current()).generation
+    newest = IndexName(scene.builder.machine_id, BlobKind.FOLD, generation, 0, "00000000")
+    header = read_header(await scene.store.read(str(newest), 0, HEADER_BYTES), newest)
+    assert header is not None
+    await scene.store.put_pages(str(newest), 0, replace(header, version=VERSION + 1).pack())
+    before = await scene.store.list("")
+    with pytest.raises(
+        CorruptionError, match=f"is of version {VERSION + 1}, which is not known here; upgrade this part"
+    ):
+        await scene.folder().run()
+    with pytest.raises(CorruptionError, match="not known here"):
+        await locate(scene.builder.log, Named("any"))
+    assert [info.name for info in await scene.store.list("")] == [info.name for info in before]
 
 
 async def test_nothing_is_given_up_when_what_is_kept_does_not_open() -> None:

@@ -30,6 +30,7 @@ ALLOWED = {
 
 LINES_LIMIT = 400
 _LOGGING = {"debug", "info", "warning", "error", "exception", "critical", "log"}
+_MERGE_MARK = re.compile(r"^(?:<{7} |>{7} |={7}$)", re.MULTILINE)
 _MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/\w")
 
 
@@ -110,6 +111,12 @@ def test_no_path_of_one_machine_is_written_down(module: str) -> None:
     texts = ((node.lineno, node.value) for node in constants if isinstance(node.value, str))
     found = [(line, text) for line, text in texts if _MACHINE_PATH.search(text)]
     assert not found, f"{module} names paths that exist on one machine only: {found}"
+
+
+def test_no_document_has_the_marks_of_an_unfinished_merge() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.*"), *(ROOT / "setup").rglob("*.*")]
+    assert not [path.name for path in documents if _MERGE_MARK.search(path.read_text())]
+    assert _MERGE_MARK.search("one\n<<<<<<< HEAD\ntwo")
 
 
 def test_every_dependency_is_locked_at_a_version_it_allows() -> None:

@@ -34,6 +34,7 @@ from mobility_agent.capture.writing import Writer
 from replicar.errors import CorruptionError
 from replicar.formats.frame import SECTOR_BYTES, Kind
 from replicar.fuse import protocol
+from replicar.fuse.channel import Channel, Silence
 from replicar.fuse.protocol import FILE, SILENT, Opcode, Request, Tree
 from replicar.observe.logs import fields
 
@@ -62,11 +63,10 @@ class FuseFront:
         self._writer = Writer(host.ladder, disk)
         self._session = Session(disk.name, file, keeper)
         self._tree = Tree(file.name, disk.size_bytes, owner=os.geteuid(), group=os.getegid(), time_ns=time_ns)
-        self._fd = -1
+        self._channel = Channel(-1, _lasting_memory(protocol.MAX_REQUEST_BYTES))
         self._is_ending = False
         self._holding = host.ladder.gate.is_closed
         self._recorded: tuple[OSError | None, ...] = ()  # what `recorded` was told while requests were held
-        self._received = _lasting_memory(protocol.MAX_REQUEST_BYTES)
         self._held: tuple[Request, memoryview] | None = None  # a request that waits for its region to be recorded
         self._loop = asyncio.get_running_loop()
 
@@ -77,17 +77,17 @@ class FuseFront:
             PermanentError: it can't be; see `session`.
         """
         self._session.begin()
-        self._fd = self._session.fd
+        self._channel.fd = self._session.fd
         self._listen()
 
     async def aclose(self) -> None:
         """Take the file away, or let its users wait for the next agent. What was acknowledged is in the log."""
-        if self._fd < 0:
+        if self._channel.fd < 0:
             return
         self._is_ending = True
         unmounted = await asyncio.to_thread(self._session.unmount)  # whose questions are answered meanwhile
-        self._loop.remove_reader(self._fd)
-        self._fd = -1
+        self._loop.remove_reader(self._channel.fd)
+        self._channel.fd = -1
         self._changes.disown(self)
         self._session.close(unmounted=unmounted)
 
@@ -99,15 +99,15 @@ class FuseFront:
     def hold(self) -> None:
         """Carry out nothing more until `resume`."""
         self._holding = True
-        if self._fd >= 0:
-            self._loop.remove_reader(self._fd)
+        if self._channel.fd >= 0:
+            self._loop.remove_reader(self._channel.fd)
 
     def resume(self) -> None:
         self._holding = False
         if self._recorded:
             (error,), self._recorded = self._recorded, ()
             self.recorded(error)
-        elif self._fd >= 0:
+        elif self._channel.fd >= 0:
             self._listen()
 
     def recorded(self, error: OSError | None) -> None:
@@ -116,11 +116,11 @@ class FuseFront:
             self._recorded = (error,)
             return
         held, self._held = self._held, None
-        if self._fd < 0 or held is None:
+        if self._channel.fd < 0 or held is None:
             return
         request, body = held
         if error is not None:
-            self._send(protocol.refusal(request.unique, errno.EIO))
+            self._channel.send(protocol.refusal(request.unique, errno.EIO))
         else:
             self._carry_out(request, body)
         self._done()
@@ -128,52 +128,55 @@ class FuseFront:
 
     def answer(self, handle: int, error: int) -> None:
         """Answer a request that was waiting for a flush."""
-        if self._fd >= 0:
-            self._send(protocol.refusal(handle, error) if error else protocol.answer(handle))
+        if self._channel.fd >= 0:
+            self._channel.send(protocol.refusal(handle, error) if error else protocol.answer(handle))
 
     # --- requests ---
 
     def _readable(self) -> None:
         for _ in range(BATCH):
             try:
-                count = os.readv(self._fd, [self._received])
-            except BlockingIOError:
-                break
+                received = self._channel.receive()
             except OSError as error:
-                if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue  # the request was taken back
-                if not self._is_ending:
-                    _log.error(
-                        "disk %s is no longer shown at %s: %s",
-                        self._disk.name,
-                        self.file,
-                        error.strerror,
-                        extra=fields(disk=self._disk.name),
-                    )
-                self._loop.remove_reader(self._fd)
+                self._unmounted(error.strerror or str(error))
                 return
-            self._take(self._received[:count])
+            if received is Silence.UNMOUNTED:
+                self._unmounted("it is unmounted")
+                return
+            if isinstance(received, Silence):
+                break
+            self._take(*received)
             if self._held is not None:
                 break
         self._done()
         self._listen()
 
+    def _unmounted(self, why: str) -> None:
+        if not self._is_ending:
+            _log.error(
+                "disk %s is no longer shown at %s: %s",
+                self._disk.name,
+                self.file,
+                why,
+                extra=fields(disk=self._disk.name),
+            )
+        self._loop.remove_reader(self._channel.fd)
+
     def _listen(self) -> None:
         """Read on, unless a request is held."""
         if self._held is None and not self._holding:
-            self._loop.add_reader(self._fd, self._readable)
+            self._loop.add_reader(self._channel.fd, self._readable)
         else:
-            self._loop.remove_reader(self._fd)
+            self._loop.remove_reader(self._channel.fd)
 
-    def _take(self, data: memoryview) -> None:
+    def _take(self, request: Request, body: memoryview) -> None:
         """Carry out one request."""
-        request = protocol.read_request(data)
         try:
-            self._carry_out(request, data[request.body :])
+            self._carry_out(request, body)
         except CorruptionError as error:
             _log.error("the kernel asked something odd of disk %s: %s", self._disk.name, error.message)
             if request.opcode not in SILENT:
-                self._send(protocol.refusal(request.unique, errno.EINVAL))
+                self._channel.send(protocol.refusal(request.unique, errno.EINVAL))
 
     def _done(self) -> None:
         self._changes.batch_done()
@@ -190,41 +193,22 @@ class FuseFront:
         return room
 
     def _carry_out(self, request: Request, body: memoryview) -> None:
-        unique, tree = request.unique, self._tree
         match request.opcode:
             case Opcode.WRITE:
                 self._write(request, body)
             case Opcode.READ:
-                self._read(unique, body)
+                self._read(request.unique, body)
             case Opcode.FALLOCATE:
                 self._fallocate(request, body)
             case Opcode.FSYNC if request.node == FILE:
-                self._host.flush_soon(self, self._disk, unique)
-            case Opcode.INIT:
-                self._send(protocol.init(unique, body))
-            case Opcode.LOOKUP:
-                self._send(tree.lookup(unique, body))
-            case Opcode.GETATTR:
-                self._send(tree.attributes(unique, request.node))
-            case Opcode.OPEN | Opcode.OPENDIR:
-                self._send(tree.opened(unique, request.node))
-            case Opcode.READDIR:
-                _, offset, size, *_ = protocol.fields(protocol.READ, body)
-                self._send(tree.listing(unique, offset, size))
-            case Opcode.STATFS:
-                self._send(tree.space(unique))
+                self._host.flush_soon(self, self._disk, request.unique)
             case Opcode.LSEEK:
-                self._seek(unique, body)
-            case Opcode.FSYNC | Opcode.FLUSH | Opcode.RELEASE | Opcode.RELEASEDIR | Opcode.DESTROY | Opcode.ACCESS:
-                self._send(protocol.answer(unique))
-            case silent if silent in SILENT:
-                pass
+                self._seek(request.unique, body)
             case _:
-                self._send(protocol.refusal(unique, errno.ENOSYS))
+                self._channel.send(self._tree.answer(request, body))
 
     def _write(self, request: Request, body: memoryview) -> None:
-        _, offset, length, *_ = protocol.fields(protocol.WRITE, body)
-        content = body[protocol.WRITE.size : protocol.WRITE.size + length]
+        offset, length, content = protocol.content_of(body)
         error = invalid(self._disk, offset, length) or (errno.EIO if len(content) < length else 0)
         if not error and not self._writer.may_touch(offset, length):
             self._hold(request, body, offset, length)
@@ -235,12 +219,12 @@ class FuseFront:
             place = changes.free
             changes.free = self.parsed = place + length
             error = self._writer.change(Kind.WRITE, offset, length, place, changes.now_ns())
-        self._answer(request, error, struct.pack("=II", length, 0))
+        self._answer(request, error, protocol.written(request.unique, length))
 
     def _fallocate(self, request: Request, body: memoryview) -> None:
-        _, offset, length, mode, _ = protocol.fields(protocol.FALLOCATE, body)
-        zeroing = mode & ~protocol.KEEP_SIZE in (protocol.PUNCH_HOLE, protocol.ZERO_RANGE) and mode & protocol.KEEP_SIZE
-        error = invalid(self._disk, offset, length) if zeroing else errno.EOPNOTSUPP
+        zeroes = protocol.zeroes_of(body)
+        offset, length = zeroes or (0, 0)
+        error = invalid(self._disk, offset, length) if zeroes is not None else errno.EOPNOTSUPP
         if not error and not self._writer.may_touch(offset, length):
             self._hold(request, body, offset, length)
             return
@@ -249,22 +233,20 @@ class FuseFront:
             self._own(SECTOR_BYTES)
             error = self._writer.change(Kind.ZERO, offset, piece, 0, self._changes.now_ns())
             offset, length = offset + piece, length - piece
-        self._answer(request, error)
+        self._answer(request, error, protocol.answer(request.unique))
 
     def _hold(self, request: Request, body: memoryview, offset: int, length: int) -> None:
         """Carry the request out when its regions are recorded; until then nothing else is read."""
         self._held = (request, memoryview(bytes(body)))
         self._host.record_soon(self, self._disk, offset, length)
 
-    def _answer(self, request: Request, error: int, body: bytes = b"") -> None:
+    def _answer(self, request: Request, error: int, done: bytes) -> None:
         if error:
             self._ladder.declare()  # before anybody is told of it
-            self._send(protocol.refusal(request.unique, error))
-        else:
-            self._send(protocol.answer(request.unique, body))
+        self._channel.send(protocol.refusal(request.unique, error) if error else done)
 
     def _read(self, unique: int, body: memoryview) -> None:
-        _, offset, length, *_ = protocol.fields(protocol.READ, body)
+        offset, length = protocol.range_of(body)
         length = min(length, max(self._disk.size_bytes - offset, 0))
         try:
             content = self._disk.read(offset, length) if length else b""
@@ -276,24 +258,17 @@ class FuseFront:
                 error,
                 extra=fields(disk=self._disk.name, offset=offset),
             )
-            self._send(protocol.refusal(unique, errno.EIO))
+            self._channel.send(protocol.refusal(unique, errno.EIO))
             return
-        self._send(protocol.answer_head(unique, length), content)
+        self._channel.send(protocol.answer_head(unique, length), content)
 
     def _seek(self, unique: int, body: memoryview) -> None:
         _, offset, whence, _ = protocol.fields(protocol.LSEEK, body)
         try:
             found = os.lseek(self._disk.fd, offset, whence) if whence in (os.SEEK_DATA, os.SEEK_HOLE) else offset
-            self._send(protocol.answer(unique, struct.pack("=Q", found)))
+            self._channel.send(protocol.answer(unique, struct.pack("=Q", found)))
         except OSError as error:
-            self._send(protocol.refusal(unique, error.errno or errno.EINVAL))
-
-    def _send(self, *parts: bytes) -> None:
-        try:
-            os.writev(self._fd, parts)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):  # taken back, or unmounted: nobody waits for it
-                raise
+            self._channel.send(protocol.refusal(unique, error.errno or errno.EINVAL))
 
 
 def _lasting_memory(size: int) -> memoryview:

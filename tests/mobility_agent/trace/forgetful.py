@@ -14,7 +14,6 @@ import errno
 import os
 import random
 import select
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from replicar.fuse import mount, protocol
-from replicar.fuse.protocol import FILE, SILENT, Opcode, Request, Tree
+from replicar.fuse.channel import Channel, Silence
+from replicar.fuse.protocol import FILE, Opcode, Request, Tree
 
 _PAGE: Final = 4096
 #: How much of what was not flushed had reached the medium by itself.
@@ -69,62 +69,44 @@ class ForgetfulDisk:
         assert not self._thread.is_alive()
 
     def _serve(self) -> None:
-        received, poll = memoryview(bytearray(protocol.MAX_REQUEST_BYTES)), select.poll()
+        poll = select.poll()
         poll.register(self._fd, select.POLLIN)
+        channel = Channel(self._fd, memoryview(bytearray(protocol.MAX_REQUEST_BYTES)))
         while not self._ending:
             if not poll.poll(_LOOK_MILLISECONDS):
                 continue
-            try:
-                count = os.readv(self._fd, [received])
-            except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.ENOENT, errno.EINTR):
-                    continue
-                return  # ENODEV: unmounted
-            request = protocol.read_request(received[:count])
-            if request.opcode in SILENT:
+            received = channel.receive()
+            if received is Silence.UNMOUNTED:
+                return
+            if isinstance(received, Silence):
                 continue
             with self._lock:
-                answer = self._answer(request, received[request.body : count])
-            try:
-                os.write(self._fd, answer)
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENODEV):
-                    raise
+                answer = self._answer(*received)
+            channel.send(answer)
 
     def _answer(self, request: Request, body: memoryview) -> bytes:
-        unique, tree = request.unique, self._tree
+        unique = request.unique
         match request.opcode:
             case Opcode.WRITE:
-                _, offset, length, *_ = protocol.fields(protocol.WRITE, body)
-                self._put(offset, body[protocol.WRITE.size : protocol.WRITE.size + length])
-                return protocol.answer(unique, struct.pack("=II", length, 0))
+                offset, length, content = protocol.content_of(body)
+                self._put(offset, content)
+                return protocol.written(unique, length)
             case Opcode.READ:
-                _, offset, length, *_ = protocol.fields(protocol.READ, body)
+                offset, length = protocol.range_of(body)
                 return protocol.answer(unique, bytes(self._content[offset : offset + length]))
             case Opcode.FALLOCATE:
-                _, offset, length, mode, _ = protocol.fields(protocol.FALLOCATE, body)
-                if not mode & (protocol.PUNCH_HOLE | protocol.ZERO_RANGE):
+                zeroes = protocol.zeroes_of(body)
+                if zeroes is None:
                     return protocol.refusal(unique, errno.EOPNOTSUPP)
+                offset, length = zeroes
                 self._put(offset, bytes(length))
                 return protocol.answer(unique)
             case Opcode.FSYNC if request.node == FILE:
                 self._before.clear()
                 self.flushes += 1
                 return protocol.answer(unique)
-            case Opcode.INIT:
-                return protocol.init(unique, body)
-            case Opcode.LOOKUP:
-                return tree.lookup(unique, body)
-            case Opcode.GETATTR:
-                return tree.attributes(unique, request.node)
-            case Opcode.OPEN | Opcode.OPENDIR:
-                return tree.opened(unique, request.node)
-            case Opcode.STATFS:
-                return tree.space(unique)
-            case Opcode.FSYNC | Opcode.FLUSH | Opcode.RELEASE | Opcode.RELEASEDIR | Opcode.DESTROY | Opcode.ACCESS:
-                return protocol.answer(unique)
             case _:
-                return protocol.refusal(unique, errno.ENOSYS)
+                return self._tree.answer(request, body)
 
     def _put(self, offset: int, data: memoryview | bytes) -> None:
         for page in range(offset // _PAGE, -(-(offset + len(data)) // _PAGE)):
