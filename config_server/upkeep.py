@@ -1,7 +1,8 @@
 """Upkeep in the registry: which machine is due, who has it, and what retention has left of it; on a transaction.
 
 Only machines that replicate are kept up. One that was failed over, is on its way home, or is protected no more keeps
-what it has: nothing of it is given up by the clock.
+what it has: nothing of it is given up by the clock, but for a warm replica. One that the policy does not want any more,
+or whose machine is protected no more, is removed a while after it was last brought on: the log has what it had.
 
 A machine is one worker's for the length of a lease, so that two don't do the same thing twice. Nothing depends on it:
 folding and warm replicas are fenced in storage, by themselves. A worker that died has its machine back at once when it
@@ -38,11 +39,21 @@ from replicar.errors import FencedError
 KEPT_UP: Final = REPLICATING | {LifeState.TEST_FAILOVER, LifeState.CLEAN_UP_PENDING}
 #: Where there is a point for a warm replica to hold.
 WARMED: Final = RECOVERABLE | {LifeState.TEST_FAILOVER, LifeState.CLEAN_UP_PENDING}
+#: What an operator has to think better of not wanting a warm replica, which takes long to fill again.
+UNWANTED_SECONDS: Final = 3600
 #: Alerts: it failed, or nobody has done it for long although somebody did before.
-FAILING: Final = {UpkeepKind.FOLD: "fold-failing", UpkeepKind.REPLICA: "replica-failing"}
-OVERDUE: Final = {UpkeepKind.FOLD: "fold-overdue", UpkeepKind.REPLICA: "replica-overdue"}
-OVERDUE_SECONDS: Final = {UpkeepKind.FOLD: 6 * 3600, UpkeepKind.REPLICA: 3600}
-_WHAT: Final = {UpkeepKind.FOLD: "folding the log", UpkeepKind.REPLICA: "the warm replica"}
+FAILING: Final = {kind: f"{kind}-failing" for kind in UpkeepKind}
+OVERDUE: Final = {kind: f"{kind}-overdue" for kind in UpkeepKind}
+OVERDUE_SECONDS: Final = {
+    UpkeepKind.FOLD: 6 * 3600,
+    UpkeepKind.REPLICA: 3600,
+    UpkeepKind.REPLICA_REMOVAL: 24 * 3600,
+}
+_WHAT: Final = {
+    UpkeepKind.FOLD: "folding the log",
+    UpkeepKind.REPLICA: "the warm replica",
+    UpkeepKind.REPLICA_REMOVAL: "removing the warm replica",
+}
 #: Failures in a row that are an alert though trying again may help.
 TRIES: Final = 3
 _NS: Final = 10**9
@@ -60,7 +71,7 @@ def claim(connection: sqlite3.Connection, worker: Party, request: UpkeepClaim, n
     ).fetchall()
     for row in rows:
         machine_id = uuid.UUID(row["id"])
-        if not _is_wanted(connection, machine_id, request.kind):
+        if not _is_wanted(connection, machine_id, request.kind, now_ns):
             continue
         connection.execute(
             "INSERT INTO upkeep (machine_id, kind, owner, due_ns, done_ns) VALUES (?, ?, ?, ?, ?)"
@@ -115,6 +126,8 @@ def report(connection: sqlite3.Connection, worker: Party, said: UpkeepReport, no
         alerts.put(connection, said.machine_id, FAILING[said.kind], True, message, said.error.hint, now_ns)
     elif not failures:
         alerts.put(connection, said.machine_id, FAILING[said.kind], False, "", "", now_ns)
+        if said.kind is UpkeepKind.REPLICA_REMOVAL and not said.elsewhere:
+            _forget_replica(connection, said.machine_id, now_ns)
     return UpkeepReceipt(lease_seconds=0)
 
 
@@ -122,7 +135,7 @@ def look(connection: sqlite3.Connection, now_ns: int) -> None:
     """Raise and clear alerts of what is overdue, by the clock."""
     for row in connection.execute("SELECT * FROM upkeep").fetchall():
         machine_id, kind = uuid.UUID(row["machine_id"]), UpkeepKind(row["kind"])
-        is_wanted = _is_wanted(connection, machine_id, kind)
+        is_wanted = _is_wanted(connection, machine_id, kind, now_ns)
         seconds = (now_ns - row["done_ns"]) // _NS
         is_at_it = bool(row["owner"]) and row["due_ns"] > now_ns  # a first index or fill may take hours
         is_late = is_wanted and not is_at_it and seconds > OVERDUE_SECONDS[kind]
@@ -169,13 +182,35 @@ def _machine(connection: sqlite3.Connection, machine_id: uuid.UUID) -> ClaimedMa
     )
 
 
-def _is_wanted(connection: sqlite3.Connection, machine_id: uuid.UUID, kind: UpkeepKind) -> bool:
-    if lives.stored(connection, machine_id).state not in KEPT_UP:
+def _is_wanted(connection: sqlite3.Connection, machine_id: uuid.UUID, kind: UpkeepKind, now_ns: int) -> bool:
+    state = lives.stored(connection, machine_id).state
+    is_warm = policies.of_machine(connection, machine_id).replica == "warm"
+    if kind is UpkeepKind.REPLICA_REMOVAL:
+        is_unwanted = state is LifeState.DISABLED or (state in KEPT_UP and not is_warm)
+        return is_unwanted and _was_warm(connection, machine_id, now_ns)
+    if state not in KEPT_UP:
         return False
     if kind is UpkeepKind.FOLD:
         return True
-    is_warm = policies.of_machine(connection, machine_id).replica == "warm"
     return is_warm and lives.state_of(connection, machine_id) in WARMED
+
+
+def _was_warm(connection: sqlite3.Connection, machine_id: uuid.UUID, now_ns: int) -> bool:
+    """Whether a worker has brought its replica on, none is at it, and that was long enough ago."""
+    row = connection.execute(
+        "SELECT * FROM upkeep WHERE machine_id = ? AND kind = ?", (str(machine_id), UpkeepKind.REPLICA)
+    ).fetchone()
+    if row is None or (row["owner"] and row["due_ns"] > now_ns):
+        return False
+    return bool(row["done_ns"] + UNWANTED_SECONDS * _NS <= now_ns)
+
+
+def _forget_replica(connection: sqlite3.Connection, machine_id: uuid.UUID, now_ns: int) -> None:
+    """There is none any more, so there is nothing to bring on or to remove, until one is wanted again."""
+    for kind in (UpkeepKind.REPLICA, UpkeepKind.REPLICA_REMOVAL):
+        connection.execute("DELETE FROM upkeep WHERE machine_id = ? AND kind = ?", (str(machine_id), kind))
+        for code in (FAILING[kind], OVERDUE[kind]):
+            alerts.put(connection, machine_id, code, False, "", "", now_ns)
 
 
 def _owner(worker: Party, instance: str) -> str:

@@ -329,7 +329,7 @@ class ChangeLog:
     async def close(self) -> None:
         """Sync, and remember that the end was in good order."""
         await self.sync()
-        self.state.clean = True
+        self.state.clean, self.state.retired_sequence = True, self.next_sequence
         self.state.save(durable=True)
         self._close_files()
 

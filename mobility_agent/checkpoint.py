@@ -2,6 +2,7 @@
 
 A checkpoint costs a sync of each, in threads; nobody waits for it. The order is what makes it right:
 
+    0  disks of which a flush failed are mended; until that has succeeded, nothing is retired
     1  begin a round: what is written from here on stays recorded, and what waits to be copied as an extent
     2  the maps of dirty regions durable, then the log, then the digests, then the disks
     3  remember durably how far the log was: a log that comes back shorter has lost what no record covers
@@ -15,6 +16,7 @@ import logging
 from typing import Final
 
 from mobility_agent.ladder import Ladder
+from mobility_agent.mending import mend
 from mobility_agent.touched import NO_RANGES
 from replicar.clock import Clock
 
@@ -48,24 +50,27 @@ class Checkpointer:
             OSError: something can't be made durable; nothing was retired.
         """
         ladder = self._ladder
+        for disk in ladder.disks.values():
+            if disk.is_served and disk.dropped:
+                await mend(ladder, disk)
         for index, touched in ladder.touched.items():
             touched.begin_round(ladder.extents.ranges_of(index) if ladder.extents is not None else NO_RANGES)
         reached = ladder.log.next_sequence
         for regions in ladder.regions.values():
-            await asyncio.to_thread(regions.sync)
+            await regions.file.sync_aside()
         await ladder.log.sync()
         for digests in ladder.digests.values():
-            await asyncio.to_thread(digests.sync)
-        for skipped in ladder.skipped.values():  # behind the log, whose sealing changes it
-            await asyncio.to_thread(skipped.sync)
+            await digests.file.sync_aside()
+        for index, skipped in ladder.skipped.items():  # behind the log, whose sealing changes both
+            await ladder.regions[index].file.sync_aside()
+            await skipped.file.sync_aside()
         for disk in ladder.disks.values():
             if not disk.is_served:
                 continue  # what others write to it is theirs to make durable
             try:
-                await asyncio.to_thread(disk.settle)
+                await asyncio.to_thread(disk.flush)
             except OSError:
-                # The kernel may have dropped pages it could not write, so any of the disk may differ from the stream.
-                ladder.distrust(disk.index, 0, disk.size_bytes)
+                ladder.flush_failed(disk.index)
                 ladder.declare()
                 raise
         ladder.log.state.retired_sequence = reached

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from mobility_agent import preflight, scanned, traced
 from mobility_agent.allocation import asking
@@ -64,6 +64,12 @@ class Core:
     gaps: Gaps
 
 
+class Closable(Protocol):
+    """A map of a disk, or the machine's row of extents."""
+
+    def close(self) -> None: ...
+
+
 @asynccontextmanager
 async def open_core(settings: AgentSettings, state: StateDirectory, clock: Clock) -> AsyncIterator[Core]:
     """Open disks and change log, and put the stream in order; close them with everything durable.
@@ -94,7 +100,8 @@ async def open_core(settings: AgentSettings, state: StateDirectory, clock: Clock
             clock=clock,
             file_bytes=int(settings.journal_file_bytes),
         )
-        closing.push_async_callback(_close, log, disks)
+        maps: list[Closable] = []
+        closing.push_async_callback(_close, log, disks, maps)
         state.log_begun(identity)
         regions: dict[int, DirtyRegions] = {}
         touched: dict[int, TouchedRegions] = {}
@@ -107,19 +114,19 @@ async def open_core(settings: AgentSettings, state: StateDirectory, clock: Clock
                 regions[disk.index] = scanned.open_regions(state, disk)
             else:
                 regions[disk.index] = DirtyRegions(regions_path(state, disk.index), disk.size_bytes)
-            closing.callback(regions[disk.index].close)
+            maps.append(regions[disk.index])
             touched[disk.index] = TouchedRegions(touched_path(state, disk.index), disk.size_bytes)
-            closing.callback(touched[disk.index].close)
+            maps.append(touched[disk.index])
             digests[disk.index] = Digests(digests_path(state, disk.index), disk.size_bytes)
-            closing.callback(digests[disk.index].close)
+            maps.append(digests[disk.index])
             place, copy_all = skipped_path(state, disk.index), settings.copy_free_space
             if (found := asking.open_map(place, regions[disk.index], copy_free_space=copy_all)) is not None:
                 skipped[disk.index] = found
-                closing.callback(found.close)
+                maps.append(found)
         extents = None
         if settings.capture is CaptureKind.INLINE:
             extents = DirtyExtents(extents_path(state))
-            closing.callback(extents.close)
+            maps.append(extents)
         ladder = Ladder(log, disks, regions, touched, digests, extents, skipped)
         gaps = Gaps(state.path / "gaps.json")
         closing.push_async_callback(gaps.save)
@@ -159,21 +166,31 @@ def _remember(log: RecordedLog, gaps: Gaps, marks: Marks) -> None:
     marks.recover(held, gaps.holds)
 
 
-async def _close(log: RecordedLog, disks: Sequence[Disk]) -> None:
-    """Close the log as one that ended in good order, which it did once the disks hold what it says they hold.
+async def _close(log: RecordedLog, disks: Sequence[Disk], maps: Sequence[Closable]) -> None:
+    """Close the log as one that ended in good order, which it did once maps and disks hold what it says they hold.
 
     Raises:
-        PermanentError: a disk can't be made durable; should the machine restart now, it is compared in full.
+        PermanentError: a map or a disk can't be made durable; should the machine restart now, it is compared in full.
     """
+    failed, what = None, ""
     for disk in disks:
         try:
             await asyncio.to_thread(disk.flush)
         except OSError as error:
-            await log.sync()
-            log.abandon()
-            raise PermanentError(
-                f"disk {disk.name} can't be made durable: {error.strerror}",
-                hint="look at the kernel's log for what is wrong with it",
-                disk=disk.name,
-            ) from error
-    await log.close()
+            failed, what = error, f"disk {disk.name} can't be made durable"
+    for each in reversed(maps):
+        try:
+            each.close()
+        except OSError as error:
+            failed, what = error, "what is known of the disks can't be made durable"
+    if failed is None:
+        await log.close()
+        return
+    try:
+        await log.sync()
+    finally:
+        log.abandon()
+    raise PermanentError(
+        f"{what}: {failed.strerror}",
+        hint="look at the kernel's log for what is wrong there; what was not durable is compared when the agent starts",
+    ) from failed

@@ -29,7 +29,6 @@ Weak: 256 MiB of file for each TiB of disk, of which only what is compared comes
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobility_agent import grown
+from mobility_agent.mapped import MappedFile
 from replicar.formats.frame import PACK_DESCRIPTOR, Kind
 
 CHUNK_BYTES: Final = 1 << 16
@@ -66,7 +66,7 @@ _ZERO_CHUNK: Final = np.frombuffer(digest(bytes(CHUNK_BYTES)), np.uint64)
 
 
 class Digests:
-    """The digests of one disk. All methods run on one thread, but `rows` and `sync`.
+    """The digests of one disk. All methods run on one thread, but `rows`.
 
     Args:
         path: their file; made, with nothing known, if it is missing or describes a disk that was larger. Of one that
@@ -77,21 +77,21 @@ class Digests:
         self.disk_bytes = disk_bytes
         self.chunks = -(-disk_bytes // CHUNK_BYTES)
         size = _PAGE + self.chunks * DIGEST_BYTES
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         head = grown.header(_HEADER, _MAGIC, disk_bytes, CHUNK_BYTES)
-        found = os.pread(self._fd, len(head), 0)
+        found = os.pread(fd, len(head), 0)
         before = grown.size_before(_HEADER, _MAGIC, found, disk_bytes, CHUNK_BYTES)
         is_new = found != head
         if is_new and before is None:
-            os.ftruncate(self._fd, 0)  # what was known of another disk is holes now, which read as not known
-        os.ftruncate(self._fd, size)
-        self._mapping = mmap.mmap(self._fd, size)
-        self._rows: Rows = np.frombuffer(self._mapping, np.uint64, self.chunks * 2, _PAGE).reshape(-1, 2)
+            os.ftruncate(fd, 0)  # what was known of another disk is holes now, which read as not known
+        os.ftruncate(fd, size)
+        self.file = MappedFile(fd, size)
+        self._rows: Rows = np.frombuffer(self.file.mapping, np.uint64, self.chunks * 2, _PAGE).reshape(-1, 2)
         if before is not None and before % CHUNK_BYTES:
             self._rows[before // CHUNK_BYTES] = 0  # it was short, and is not any more
         if is_new:
-            self._mapping[: len(head)] = head
-            os.fsync(self._fd)
+            self.file.mapping[: len(head)] = head
+            self.file.sync()
 
     @property
     def known(self) -> int:
@@ -184,14 +184,12 @@ class Digests:
 
     # --- its file ---
 
-    def sync(self) -> None:
-        """Make the file durable as it is. May run on another thread."""
-        os.fdatasync(self._fd)
+    def store_again(self, offset: int, length: int) -> None:
+        """Have the digests of a range of the disk written by the next sync, whatever became of them."""
+        first, last = offset // CHUNK_BYTES, (offset + length - 1) // CHUNK_BYTES
+        self.file.store_again(_PAGE + first * DIGEST_BYTES, _PAGE + (last + 1) * DIGEST_BYTES)
 
     def close(self) -> None:
         """Durably: after a clean stop the digests are believed, even if the machine restarts."""
         del self._rows
-        self._mapping.flush()
-        self._mapping.close()
-        os.fsync(self._fd)
-        os.close(self._fd)
+        self.file.close()

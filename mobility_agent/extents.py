@@ -13,7 +13,6 @@ here is forgotten.
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+from mobility_agent.mapped import MappedFile
 
 #: Extents held; at 16 bytes each the file has 2 MiB.
 CAPACITY: Final = 1 << 16
@@ -52,15 +53,16 @@ class DirtyExtents:
     def __init__(self, path: Path, capacity: int = CAPACITY) -> None:
         assert capacity < 1 << _BITS, "the place has 20 bits for a number of entries"
         self.capacity = capacity
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         size = _PAGE + 2 * capacity * _PACK.size
         body = _HEAD.pack(_MAGIC, capacity)
         head = body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
-        self.is_new = os.pread(self._fd, len(head), 0) != head
+        self.is_new = os.pread(fd, len(head), 0) != head
         if self.is_new:
-            os.ftruncate(self._fd, 0)
-        os.ftruncate(self._fd, size)
-        self._file = mmap.mmap(self._fd, size)
+            os.ftruncate(fd, 0)
+        os.ftruncate(fd, size)
+        self._mapped = MappedFile(fd, size)
+        self._file = self._mapped.mapping
         if self.is_new:
             self._file[: len(head)] = head
         (word,) = _WORD.unpack_from(self._file, _PLACE)
@@ -68,6 +70,10 @@ class DirtyExtents:
         if self._row > 1 or not self._first <= self._count <= capacity:
             self._row = self._first = self._count = 0
             self.is_new = True
+        # A former process may have been killed over a sync that failed.
+        self._mapped.store_again(0, _PAGE)
+        place = _PAGE + self._row * capacity * _PACK.size
+        self._mapped.store_again(place, place + self._count * _PACK.size)
 
     def __len__(self) -> int:
         """How many extents are to be copied."""
@@ -132,10 +138,7 @@ class DirtyExtents:
 
     def close(self) -> None:
         """Durably: after a clean stop the extents are believed."""
-        self._file.flush()
-        self._file.close()
-        os.fsync(self._fd)
-        os.close(self._fd)
+        self._mapped.close()
 
     def _held(self) -> npt.NDArray[np.void]:
         place = _PAGE + (self._row * self.capacity + self._first) * _PACK.size

@@ -77,6 +77,7 @@ class Ladder:
         self.gate = Gate()
         self._overflowed = extents is None
         self._doubt = False
+        self._unmended: set[int] = set()  # disks
         log.on_sealed.append(self._observe)
 
     @property
@@ -109,11 +110,18 @@ class Ladder:
 
     def start(self) -> None:
         """Call once, before anything is captured: finish what a killed process began, say which disks there are."""
+        for index, touched in self.touched.items():
+            touched.note_dropped(touched.dropped and self.log.state.same_boot)
+            self.disks[index].dropped = touched.dropped
+            self.disks[index].on_dropped = touched.note_dropped
         if self.log.survived:
             if self.extents is not None and self.extents.is_new and self.log.state.gap_open:
                 for regions in self.regions.values():  # the row of extents is gone, and nobody can tell what it held
                     regions.mark_all()
             self._redo()
+            for index, digests in self.digests.items():  # a former process may have been killed over a failed sync
+                for offset, length in self.touched[index].ranges():
+                    digests.store_again(offset, length)
         else:
             self._mark_doubtful()
         # Where numbers were left out the gap has to be the first thing that the stream says.
@@ -175,6 +183,23 @@ class Ladder:
         """
         self.regions[disk].mark(offset, length)
         self._doubt = True
+
+    def flush_failed(self, disk: int) -> None:
+        """The kernel may have dropped what it could not write, so any of a disk may differ from the stream.
+
+        The gap begins with the next `declare`; until the disk is mended no flush counts.
+        """
+        if disk not in self._unmended:
+            self._unmended.add(disk)
+            self.distrust(disk, 0, self.disks[disk].size_bytes)
+
+    def mended(self, disk: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """What may have been dropped, in these ranges, was written again; it may be of before the write dropped."""
+        self._unmended.discard(disk)
+        self.touched[disk].note_dropped(False)
+        for offset, length in ranges:
+            self.distrust(disk, offset, length)
+        self.declare()
 
     def declare(self) -> None:
         """Open the gap for what was distrusted, if anything was."""

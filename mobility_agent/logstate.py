@@ -6,8 +6,9 @@ numbers are whole steps of 2^32 plus one, so that a process server knows one whe
 `anew_sequence`: where the log last began anew. Until something was captured there, it still has to.
 `gap_open`: order is not known just now. Set before the gap begins and cleared after it ended, so that a process that
 dies in between opens the gap again, which is always allowed.
-`retired_sequence`: everything before it was durable in the log when regions were retired from the touched record; a log
-that has less after a power cut has lost what no record covers.
+`retired_sequence`: everything before it was durable in the log when regions were retired from the touched record, or
+when the agent stopped in good order; a log that has less after that has lost what no record covers. (It can: when a
+sync has failed, the next one succeeds, and what the kernel dropped is on no disk.)
 `boot_id` and `clean`: whether the operating system restarted since, and whether the agent had stopped in good order.
 """
 
@@ -50,6 +51,7 @@ class LogState:
         self._page = mmap.mmap(self._fd, _PAGE)
         self.reserved_sequence = self.anew_sequence = self.retired_sequence = 0
         self.gap_open, self.clean, self.boot_id = False, False, bytes(16)
+        self.same_boot = False  # as when it was written last; known once it has begun
         if not self.is_new:
             self._load(path)
 
@@ -64,12 +66,13 @@ class LogState:
             first_sequence: where numbering begins if they hold nothing.
             boot_id: of the operating system that runs now.
         """
-        same_boot = self.boot_id == boot_id
+        same_boot = self.same_boot = self.boot_id == boot_id
         next_sequence = max(first_sequence, found.next_sequence, self.anew_sequence)
         began = next_sequence > self.anew_sequence  # else the process died before it could say so
         sound = found.damaged_from is None
         past = Past.UNKNOWN
-        if not self.is_new and sound and began and (same_boot or self.clean):
+        whole = same_boot or (self.clean and found.next_sequence >= self.retired_sequence)
+        if not self.is_new and sound and began and whole:
             past = Past.KNOWN
         elif not self.is_new and not same_boot and found.sound_until >= self.retired_sequence > 0:
             past = Past.TOUCHED

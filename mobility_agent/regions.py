@@ -4,12 +4,12 @@ One byte a region in a mapped file, so that marking is a store and survives the 
 protection begins or after a power cut; what was written while order could not be kept; what a failed write left in
 doubt. A region is cleared when its content has gone into the change log.
 
-The map alone is not durable at every moment; after a power cut `touched` says which regions it can't be believed for.
+The map (`file`) alone is not durable at every moment; after a power cut `touched` says which regions it can't be
+believed for.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobility_agent import grown
+from mobility_agent.mapped import MappedFile
 
 _MAGIC: Final = b"RPREGNS\x01"
 _PAGE: Final = 4096
@@ -38,19 +39,21 @@ class DirtyRegions:
         self.disk_bytes = disk_bytes
         self.region_bytes = region_bytes
         self.regions = -(-disk_bytes // region_bytes)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.ftruncate(self._fd, _PAGE + self.regions)
-        self._mapping = mmap.mmap(self._fd, _PAGE + self.regions)
-        self._map = np.frombuffer(self._mapping, np.uint8, self.regions, _PAGE)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.ftruncate(fd, _PAGE + self.regions)
+        self.file = MappedFile(fd, _PAGE + self.regions)
+        mapping = self.file.mapping
+        self._map = np.frombuffer(mapping, np.uint8, self.regions, _PAGE)
         head = grown.header(_HEADER, _MAGIC, disk_bytes, region_bytes)
-        if self._mapping[: len(head)] != head:
-            before = grown.size_before(_HEADER, _MAGIC, self._mapping[: len(head)], disk_bytes, region_bytes)
+        if mapping[: len(head)] != head:
+            before = grown.size_before(_HEADER, _MAGIC, mapping[: len(head)], disk_bytes, region_bytes)
             if before is None:
                 self.mark_all()
             else:
                 self.mark(before, disk_bytes - before)
-            self._mapping[: len(head)] = head
-            os.fsync(self._fd)
+            mapping[: len(head)] = head
+            self.file.sync()
+        self.file.store_again()  # a former process may have been killed over a sync that failed
 
     @property
     def count(self) -> int:
@@ -94,13 +97,7 @@ class DirtyRegions:
         last = self.regions if end >= self.disk_bytes else end // self.region_bytes
         self._map[first:last] = 0
 
-    def sync(self) -> None:
-        """Make the map durable as it is. May run on another thread."""
-        os.fdatasync(self._fd)
-
     def close(self) -> None:
         """Durably: after a clean stop the map is believed, even if the machine restarts before the kernel wrote it."""
         del self._map
-        self._mapping.flush()
-        self._mapping.close()
-        os.close(self._fd)
+        self.file.close()

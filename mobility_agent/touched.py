@@ -31,6 +31,8 @@ from mobility_agent import grown
 
 _MAGIC: Final = b"RPTOUCH\x01"
 _PAGE: Final = 4096
+#: Where in the first page it says whether the disk has to be mended.
+_DROPPED: Final = 64
 _HEADER = struct.Struct("<8sQQ")
 REGION_SHIFT: Final = 24
 REGION_BYTES: Final = 1 << REGION_SHIFT
@@ -104,6 +106,18 @@ class TouchedRegions:
                 self._recorded[first:end] = self._active[first:end] = b"\1" * (end - first)
 
     @property
+    def dropped(self) -> bool:
+        """Whether a flush of the disk failed and what was dropped was not written again; see `mending`.
+
+        In the page, and not made durable: it is for the next process, and means nothing after a power cut.
+        """
+        return bool(self._file[_DROPPED])
+
+    def note_dropped(self, dropped: bool = True) -> None:
+        """Say so. May be called on another thread, the one that was told of it."""
+        self._file[_DROPPED] = dropped
+
+    @property
     def count(self) -> int:
         """How many regions are recorded."""
         return self._recorded.count(1)
@@ -151,6 +165,8 @@ class TouchedRegions:
         return joined
 
     def close(self) -> None:
-        self._file.flush()
-        self._file.close()
-        os.close(self._fd)
+        try:
+            os.fdatasync(self._fd)
+        finally:
+            self._file.close()
+            os.close(self._fd)

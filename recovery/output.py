@@ -27,6 +27,8 @@ from replicar.formats.record import Disk
 from replicar.storage.store import PageBlobStore
 
 #: Blobs of the product itself; no output goes there.
+#: A VHD's own id among its blob's metadata: with the footer, which is written last, it says that the blob is whole.
+VHD_ID: Final = "replicar_vhd"
 RESERVED_PREFIX: Final = "machines/"
 #: A hole in a file costs a system call, which is about as long as copying 16 KiB takes.
 FILE_HOLE_BYTES: Final = 16 << 10
@@ -123,7 +125,7 @@ async def write_vhd_blob(
     footer = _footer(size, vhd_id, clock)
     if replace:
         await store.delete(name)
-    await _create(store, name, size + vhd.FOOTER_BYTES, {"replicar_vhd": str(vhd_id)})
+    await _create(store, name, size + vhd.FOOTER_BYTES, {VHD_ID: str(vhd_id)})
     written = 0
 
     async def sink(batch: Sequence[Piece]) -> None:

@@ -122,6 +122,14 @@ async def list_pins(store: PageBlobStore, machine_id: uuid.UUID) -> dict[str, Pi
     return found
 
 
+async def pinned_sequences(log: MachineLog, clock: Clock) -> frozenset[int]:
+    """The sequences of the states that are pinned now; points of a replica that have one of them are held with it."""
+    now_ns = clock.now_ns()
+    return frozenset(
+        each.sequence for each in (await list_pins(log.store, log.machine_id)).values() if each.until_ns > now_ns
+    )
+
+
 def _metadata(place: Place, checkpoint: str, clock: Clock) -> dict[str, str]:
     until_ns = clock.now_ns() + LIFE_SECONDS * _NS
     named = {"checkpoint": checkpoint} if checkpoint else {}  # the service takes no empty value

@@ -67,7 +67,7 @@ class View:
         memory_bytes: int | None = None,
     ) -> None:
         self.state = state
-        self.machine_id = log.machine_id
+        self.log, self.machine_id = log, log.machine_id
         self._source = source or ChunkSource(log)
         self._cache = ChunkCache(self._source, cache_bytes)
         self._window_bytes = (memory_bytes or memory_at_hand()) // 2

@@ -23,7 +23,6 @@ Weak: one write copies a region of 1 MiB once.
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from pathlib import Path
@@ -34,6 +33,7 @@ import numpy.typing as npt
 
 from mobility_agent import grown
 from mobility_agent.allocation.source import Ranges
+from mobility_agent.mapped import MappedFile
 from mobility_agent.regions import DirtyRegions
 from replicar.formats.frame import Flag, Kind
 
@@ -55,19 +55,20 @@ class SkippedRegions:
 
     def __init__(self, path: Path, regions: DirtyRegions) -> None:
         self._regions, self._size = regions, regions.region_bytes
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         head = grown.header(_HEADER, _MAGIC, regions.disk_bytes, self._size)
-        found = os.pread(self._fd, len(head), 0)
+        found = os.pread(fd, len(head), 0)
         before = grown.size_before(_HEADER, _MAGIC, found, regions.disk_bytes, self._size)
         self.is_new = found != head and before is None
         if self.is_new:
-            os.ftruncate(self._fd, 0)
-        os.ftruncate(self._fd, _PAGE + regions.regions)
-        self._mapping = mmap.mmap(self._fd, _PAGE + regions.regions)
-        self._map = np.frombuffer(self._mapping, np.uint8, regions.regions, _PAGE)
+            os.ftruncate(fd, 0)
+        os.ftruncate(fd, _PAGE + regions.regions)
+        self.file = MappedFile(fd, _PAGE + regions.regions)
+        self._map = np.frombuffer(self.file.mapping, np.uint8, regions.regions, _PAGE)
         if found != head:
-            self._mapping[: len(head)] = head
-            os.fsync(self._fd)
+            self.file.mapping[: len(head)] = head
+            self.file.sync()
+        self.file.store_again()  # a former process may have been killed over a sync that failed
 
     @property
     def count(self) -> int:
@@ -88,7 +89,7 @@ class SkippedRegions:
         end = np.where(free[:, 1] >= self._regions.disk_bytes, self._regions.regions, free[:, 1] // self._size)
         for begin, stop in zip(first[end > first].tolist(), end[end > first].tolist(), strict=True):
             self._map[begin:stop] = 1
-        os.fsync(self._fd)
+        self.file.sync()
 
     # --- what was written to ---
 
@@ -132,15 +133,7 @@ class SkippedRegions:
         first, end = offset // self._size, -(-(offset + length) // self._size)
         return bool(self._map[first:end].any()) or self._regions.is_dirty(first, end)
 
-    def sync(self) -> None:
-        """Make the dirty regions and this map durable as they are. May run on another thread."""
-        self._regions.sync()
-        os.fdatasync(self._fd)
-
     def close(self) -> None:
         """Durably; before its regions are closed."""
         del self._map
-        self._mapping.flush()
-        self._mapping.close()
-        os.fsync(self._fd)
-        os.close(self._fd)
+        self.file.close()

@@ -16,7 +16,7 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -71,7 +71,9 @@ class Disk:
         self.watch_start = self.watch_end = 0
         self._watches: list[Watch] = []
         self._direct_fd: int | None = None
-        self._owed = 0
+        #: A flush failed, and what the kernel dropped then was not written again yet.
+        self.dropped = False
+        self.on_dropped: Callable[[], None] = lambda: None
         self._syncing = threading.Lock()  # held by whoever the kernel may tell of what it could not write
         try:
             # Somebody who only reads may share a disk, even one that is mounted.
@@ -167,23 +169,19 @@ class Disk:
         """What was written is durable when this returns.
 
         Raises:
-            OSError: it may not be. The kernel says so once and forgets what it could not write; so what a `settle`
-                since the last flush was told counts here too.
+            OSError: it may not be. The kernel says so once, to whoever asks, drops what it could not write and takes it
+                for clean, and the next sync would succeed; so from then on every flush fails, until `mended`.
         """
-        with self._syncing:
-            os.fdatasync(self.fd)
-            code, self._owed = self._owed, 0
-        if code:
-            raise OSError(code, os.strerror(code))
+        with self._syncing:  # a flush that began meanwhile would be told nothing
+            if self.dropped:
+                raise OSError(errno.EIO, "what could not be written when it was flushed is not written again yet")
+            self._sync()
 
-    def settle(self) -> None:
-        """A flush that nobody asked for; one that fails is owed to whoever asks for the next. Raises OSError."""
-        with self._syncing:  # a flush that began meanwhile would be told nothing, and ask before this is owed
-            try:
-                os.fdatasync(self.fd)
-            except OSError as error:
-                self._owed = error.errno or errno.EIO
-                raise
+    def mended(self) -> None:
+        """Whatever may have been dropped was written again: flush, and have flushes count again. Raises OSError."""
+        with self._syncing:
+            self._sync()
+            self.dropped = False
 
     def grown_bytes(self) -> int:
         """By how much it is larger now than when it was opened."""
@@ -223,6 +221,14 @@ class Disk:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self.fd)
+        except OSError:
+            self.dropped = True
+            self.on_dropped()
+            raise
 
     def _span(self) -> None:
         self.watch_start = min((watch.start for watch in self._watches), default=0)

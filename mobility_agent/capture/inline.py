@@ -197,9 +197,8 @@ class InlineCapture:
             try:
                 await asyncio.to_thread(disk.flush)
             except OSError as error:
-                # The kernel may have dropped pages it could not write, so any of the disk may differ from the stream.
                 _log.error("disk %s can't be made durable: %s", disk.name, error, extra=fields(disk=disk.name))
-                self.ladder.distrust(disk.index, 0, disk.size_bytes)
+                self.ladder.flush_failed(disk.index)
                 self.ladder.declare()
                 return Errno.EIO
         return 0

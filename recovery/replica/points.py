@@ -14,7 +14,7 @@ replaced may cost a point that was just being taken, and never makes one that ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -104,16 +104,20 @@ def plan_points(
     time_ns: int,
     now_ns: int,
     every_ns: int,
+    read: Collection[int] = (),
     most: int = MAX_POINTS,
 ) -> PointPlan:
-    """What is to be done when the replica holds the point `sequence` of `time_ns`; no `every_ns`: none is taken."""
+    """What is to be done when the replica holds the point `sequence` of `time_ns`; no `every_ns`: none is taken.
+
+    `read`: sequences of points that somebody reads, and that stay whatever the policy says.
+    """
     points, strays = points_of(snapshots)
     newest = points[-1] if points else None
     is_due = newest is None or (newest.sequence < sequence and newest.time_ns + every_ns <= time_ns)
     take = every_ns > 0 and is_due
     kept = _thinned(policy, min(now_ns, time_ns), points)
     kept = kept[max(0, len(kept) - (most - take)) :]
-    staying = {point.sequence for point in kept}
+    staying = {point.sequence for point in kept}.union(read)
     given_up = [each for point in points if point.sequence not in staying for each in point.snapshots]
     return PointPlan(take, tuple(sorted([*strays, *given_up])))
 

@@ -30,7 +30,7 @@ from recovery.chunks import ChunkSource, MachineLog
 from recovery.extents import ExtentMap, Ints
 from recovery.index import State, painted
 from recovery.layers import DiskMap
-from recovery.pins import holding
+from recovery.pins import holding, pinned_sequences
 from recovery.plan import HOLE_BYTES
 from recovery.points import AtSequence, Latest, Request, base_of, locate
 from recovery.replica.fenced import FencedBlob
@@ -40,7 +40,7 @@ from recovery.replica.ranges import between, joined
 from recovery.retention import Policy
 from recovery.view import Piece, View
 from replicar.clock import Clock
-from replicar.errors import ConflictError, CorruptionError, PermanentError
+from replicar.errors import ConflictError, CorruptionError, PermanentError, TransientError
 from replicar.formats import vhd
 from replicar.formats.frame import Kind
 from replicar.formats.record import Disk
@@ -184,17 +184,24 @@ class WarmReplica:
             time_ns=record.time_ns,
             now_ns=self._clock.now_ns(),
             every_ns=int(every_seconds * 1e9),
+            read=await pinned_sequences(self._log, self._clock),
         )
         for each in plan.remove:
             await self._store.delete_snapshot(each.blob, each.snapshot)
-        taken = plan.take and await self._take_disks(record.disks)
-        if taken:
-            # Who had replaced us before the blobs were ours again may have written to them; that one has the journal.
-            await self._say(record)
-            for disk in record.disks:
-                said = snapshot_metadata(record.sequence, record.time_ns, disk.index, len(record.disks))
-                await self._blobs[disk.index].snapshot(said)
+        taken = plan.take and await self.keep_held()
         return Kept(taken, len(plan.remove))
+
+    async def keep_held(self) -> bool:
+        """Keep the point that the blobs hold, due or not; whether they hold one. Raises as `keep_points`."""
+        record = self.record
+        if record is None or record.phase is not Phase.APPLIED or not await self._take_disks(record.disks):
+            return False
+        # Who had replaced us before the blobs were ours again may have written to them; that one has the journal.
+        await self._say(record)
+        for disk in record.disks:
+            said = snapshot_metadata(record.sequence, record.time_ns, disk.index, len(record.disks))
+            await self._blobs[disk.index].snapshot(said)
+        return True
 
     async def _resumed(self, wanted: State, source: ChunkSource) -> int:
         """Finish a fill that was cut off, if there is one that can be finished; what was written for it."""
@@ -286,6 +293,13 @@ class WarmReplica:
 
     async def _make_anew(self, disks: Sequence[Disk]) -> None:
         """Blank blobs with footers, of the disks' sizes, instead of whatever there is."""
+        if read := {each.sequence for each in await points_kept(self._log, self._store)} & await pinned_sequences(
+            self._log, self._clock
+        ):
+            raise TransientError(
+                f"the replica's point at sequence {min(read)} is being read, and its blobs have to be made anew",
+                hint="it goes on when that recovery has ended",
+            )
         self._blobs.clear()
         for info in await self._store.list(self._prefix):
             if info.name.endswith(SUFFIX):

@@ -1,8 +1,9 @@
 """Hands in Azure: each disk of the point becomes a fixed VHD in a page blob, from which Azure imports a managed disk.
 
-An instant view can't be attached to a machine there, so `give_disks` writes whole disks, and takes as long as that
-takes. After a death a blob that is complete (its footer is written last, and says the id in its metadata) is left as it
-is, and one that is not is written anew; a job's point is noted before, so it is the same bytes.
+An instant view can't be attached to a machine there, so `give_disks` makes whole disks: from the warm replica and what
+the log has besides (`recovery.replica.basis`), or from the log alone, which takes as long as disks are large. After a
+death a blob that is complete (its footer is written last, and says the id in its metadata) is left as it is, and one
+that is not is made anew; a job's point is noted before, so it is the same bytes.
 
     VHDs       <made>/<number>-<disk>.vhd in the container of `[azure.disks]`, which lies in the target's account
     the rest   in the target's resource group, by names made from <made>: see `recovery.compute.azure`
@@ -21,6 +22,8 @@ reads from them; they are paid for twice.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -36,23 +39,25 @@ from recovery.compute.machine import DiskSource, Finding, MachineSpec, Power, Pr
 from recovery.compute.snapshots import Moment
 from recovery.failback.carry import Origin
 from recovery.failback.spans import Spans
-from recovery.output import write_vhd_blob
+from recovery.output import VHD_ID, write_vhd_blob
+from recovery.pins import holding
+from recovery.replica.basis import Basis, find_basis, make_vhd
 from recovery.view import Progress, View
 from recovery.worker.azure_home import ManagedDisks
 from recovery.worker.made import SEEING, shifted, spec_of, wanted_of
 from recovery.worker.settings import AzureSettings
 from replicar.clock import Clock
 from replicar.control.messages import AZURE_NEEDS, Job, TargetSettings
-from replicar.errors import CorruptionError, PermanentError
+from replicar.errors import ConflictError, CorruptionError, PermanentError
 from replicar.formats import vhd
 from replicar.formats.record import Disk
+from replicar.moments import format_moment
 from replicar.storage.entra import TokenCredential, credential
 from replicar.storage.store import PageBlobStore, is_gone
 from replicar.storage.target import StorageTarget, open_store
 
+_log = logging.getLogger(__name__)
 SYSTEMS: Final = ("Linux", "Windows")
-#: Told apart from others' blobs, and from those of another writing of the same disk.
-_ID: Final = "replicar_vhd"
 
 
 class AzureHands:
@@ -60,6 +65,7 @@ class AzureHands:
 
     Args:
         target: what the machine is to be made of.
+        logs: where the machine's log is, and its warm replica.
         made_in: the resource group, where an earlier job has chosen it.
         tokens: gives the credential; None: the identity that the settings name.
         options: for the SDK's clients.
@@ -76,11 +82,12 @@ class AzureHands:
         evidence: Path,
         clock: Clock,
         *,
+        logs: StorageTarget | None = None,
         made_in: str = "",
         tokens: Callable[[], TokenCredential] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._settings, self._evidence, self._clock = settings, evidence, clock
+        self._settings, self._evidence, self._clock, self._logs = settings, evidence, clock, logs
         self._target = target.model_copy(update={"resource_group": made_in}) if made_in else target
         self._tokens = tokens or (lambda: credential(settings.identity, settings.identity_client_id))
         self._options = options
@@ -115,18 +122,52 @@ class AzureHands:
         """See `Hands`."""
         return f"{job.parameters.network or self._target.drill_network}, which is peered with no other"
 
-    async def give_disks(self, made: str, job: Job, view: View, progress: Progress) -> None:
-        """See `Hands`."""
+    async def give_disks(self, made: str, job: Job, view: View, progress: Progress) -> str:
+        """See `Hands`: from the warm replica where there is one that will do, else from the log alone."""
         sizes = {disk.name: await view.data_bytes(disk) for disk in view.disks}
-        total, done = sum(sizes.values()), 0
-        async with open_store(self._settings.disks, clock=self._clock) as store:
+        total, done, said = sum(sizes.values()), 0, list[str]()
+        async with AsyncExitStack() as stack:
+            store = await stack.enter_async_context(open_store(self._settings.disks, clock=self._clock))
             await store.ensure_container()
+            await stack.enter_async_context(holding(view.log, view.state, clock=self._clock, random=os.urandom))
+            basis = await self._basis(view, stack)
             for number, disk in enumerate(view.disks):
                 name = blob_name(made, number, disk)
                 if not await is_whole(store, name, vhd.virtual_bytes(disk.size_bytes)):
                     counted = shifted(progress, done, total)
-                    await write_vhd_blob(view, disk, store, name, replace=True, progress=counted, clock=self._clock)
+                    said.append(await self._vhd(basis, view, disk, store, name, counted))
                 done += sizes[disk.name]
+                progress(done, total)
+        return "; ".join(said)
+
+    async def _basis(self, view: View, stack: AsyncExitStack) -> Basis | None:
+        """What the disks can be made from; a replica in another account is none: the service copies within one."""
+        logs = self._logs
+        if logs is None or logs.access().url != self._settings.disks.access().url:
+            return None
+        return await find_basis(view, stack, clock=self._clock, random_bytes=os.urandom)
+
+    async def _vhd(
+        self, basis: Basis | None, view: View, disk: Disk, store: PageBlobStore, name: str, progress: Progress
+    ) -> str:
+        why = ""
+        if basis is not None and self._logs is not None:
+            try:
+                count = await make_vhd(
+                    *(basis, view, disk, store, name),
+                    container=self._logs.container,
+                    clock=self._clock,
+                    random_bytes=os.urandom,
+                )
+            except (PermanentError, CorruptionError, ConflictError) as error:
+                _log.warning("disk %s is made from the log alone: %s", disk.name, error)
+                why = f", since {error.message}"
+            else:
+                return (
+                    f"{disk.name}: the replica of {format_moment(basis.point.time_ns)}, and {count:,} bytes of the log"
+                )
+        await write_vhd_blob(view, disk, store, name, replace=True, progress=progress, clock=self._clock)
+        return f"{disk.name}: from the log alone{why}"
 
     async def start(self, made: str, job: Job, *, isolated: bool) -> None:
         """See `Hands`."""
@@ -273,7 +314,7 @@ def _disk_of(blob: str) -> str:
 async def is_whole(store: PageBlobStore, name: str, size: int) -> bool:
     """Whether the blob is a VHD of that size, written to its end."""
     try:
-        known = (await store.properties(name)).metadata.get(_ID)
+        known = (await store.properties(name)).metadata.get(VHD_ID)
         footer = vhd.read_footer(await store.read(name, size, vhd.FOOTER_BYTES))
     except CorruptionError:
         return False

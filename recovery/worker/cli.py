@@ -81,7 +81,6 @@ def run(
           accelerator = "tcg"                          # "kvm" where this host has it
       fold_seconds = 900                           # how often logs are indexed and thinned; 0: not by this worker
     replica_seconds = 30                         # how often warm replicas are brought on; 0: not by this worker
-    replica_point_seconds = 3600                 # how far apart their snapshots are; 0: none
           [storage]                                    # as a process server's
           endpoint = "https://NAME.blob.core.windows.net"
           account_name = "NAME"

@@ -56,8 +56,8 @@ class Hands(Protocol):
         """What stands in the way."""
         ...
 
-    async def give_disks(self, made: str, job: Job, view: View, progress: Progress) -> None:
-        """Have the point's disks there, to run from."""
+    async def give_disks(self, made: str, job: Job, view: View, progress: Progress) -> str:
+        """Have the point's disks there, to run from; says of what they were made."""
         ...
 
     async def start(self, made: str, job: Job, *, isolated: bool) -> None: ...
@@ -117,9 +117,10 @@ class QemuHands:
         """See `Hands`."""
         return "the machine's own, which leads nowhere"
 
-    async def give_disks(self, made: str, job: Job, view: View, progress: Progress) -> None:
+    async def give_disks(self, made: str, job: Job, view: View, progress: Progress) -> str:
         """See `Hands`."""
         await self._keeper.serve(made, Exported.of(view, job.machine, view.machine_id, self._file))
+        return ""
 
     async def start(self, made: str, job: Job, *, isolated: bool) -> None:
         """See `Hands`."""

@@ -94,8 +94,7 @@ class Outward:
         check_host(self._desk)
         where = {"host": self._desk.host} if self._hands.is_local else {}
         await self._desk.note(machine=made, compute=self._hands.name, **where, **self._hands.notes)
-        await self._hands.give_disks(made, self._job, await self._at_point(), self._desk.progress)
-        return ""
+        return await self._hands.give_disks(made, self._job, await self._at_point(), self._desk.progress)
 
     async def machine(self) -> str:
         await self._hands.start(made_name(self._job), self._job, isolated=self._isolated)

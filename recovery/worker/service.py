@@ -27,7 +27,7 @@ from recovery.worker.homeward import Homeward
 from recovery.worker.outward import Outward
 from recovery.worker.rounds import Work, carry_out
 from recovery.worker.settings import AzureSettings, WorkerSettings
-from recovery.worker.upkeep import Chore, Upkeep, bring_on, fold
+from recovery.worker.upkeep import Chore, Upkeep, bring_on, fold, remove_unwanted
 from replicar.clock import Clock
 from replicar.control.client import ControlClient
 from replicar.control.files import make_directory
@@ -68,7 +68,9 @@ def hands_of(settings: WorkerSettings, file: Path | None, clock: Clock) -> dict[
     qemu = QemuHands(settings, file)
     made: dict[str, MakeHands] = {"qemu": lambda desk: qemu}
     if settings.azure is not None:
-        made["azure"] = partial(azure_for, settings.azure, settings.directory / "evidence", clock)
+        made["azure"] = partial(
+            azure_for, settings.azure, settings.directory / "evidence", clock, logs=settings.storage
+        )
     return made
 
 
@@ -135,10 +137,10 @@ class Worker:
                 await asyncio.gather(*running, return_exceptions=True)
 
     def _upkeep(self, control: ControlClient, store: PageBlobStore, instance: str) -> list[Upkeep]:
-        replica = partial(bring_on, clock=self._clock, point_seconds=self._settings.replica_point_seconds)
         chores: list[tuple[UpkeepKind, Chore, float]] = [
             (UpkeepKind.FOLD, partial(fold, clock=self._clock), self._settings.fold_seconds),
-            (UpkeepKind.REPLICA, replica, self._settings.replica_seconds),
+            (UpkeepKind.REPLICA, partial(bring_on, clock=self._clock), self._settings.replica_seconds),
+            (UpkeepKind.REPLICA_REMOVAL, partial(remove_unwanted, clock=self._clock), self._settings.replica_seconds),
         ]
         return [
             Upkeep(kind, chore, control, store, clock=self._clock, instance=instance, every_seconds=every)

@@ -5,7 +5,6 @@
     accelerator = "tcg"                              # "kvm" where this host has it
     fold_seconds = 900                               # how often each machine's log is indexed and thinned; 0: not here
     replica_seconds = 30                             # how often each warm replica is brought on; 0: not here
-    replica_point_seconds = 3600                     # how far apart its earlier points, snapshots, are; 0: none
 
     [storage]                                        # as a process server's
     endpoint = "https://NAME.blob.core.windows.net"
@@ -34,7 +33,6 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import SettingsConfigDict
 
-from recovery.replica.points import POINT_SECONDS
 from replicar.observe.endpoint import MetricsListen
 from replicar.observe.logs import LogFormat, LogFormatSetting
 from replicar.settings import FileSettings, Reader
@@ -80,9 +78,6 @@ class WorkerSettings(FileSettings):
     replica_seconds: Annotated[
         float, Field(ge=0, le=86_400, description="how often each warm replica is brought on; 0: never")
     ] = 30.0
-    replica_point_seconds: Annotated[
-        float, Field(ge=0, le=7 * 86_400, description="how far apart a warm replica's snapshots are; 0: none")
-    ] = POINT_SECONDS
     metrics_listen: MetricsListen = ""
     log_format: LogFormatSetting = LogFormat.TEXT
     storage: StorageTarget

@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Final, TypeAlias
 
 from recovery.chunks import MachineLog
+from recovery.replica.removal import remove_replica
 from recovery.replica.warm import WarmReplica
 from recovery.upkeep import keep_up, retention_policy
 from replicar.clock import Clock
@@ -60,17 +61,20 @@ async def fold(log: MachineLog, machine: ClaimedMachine, policy: Policy, *, cloc
     return kept.retention
 
 
-async def bring_on(
-    log: MachineLog, machine: ClaimedMachine, policy: Policy, *, clock: Clock, point_seconds: float
-) -> None:
-    """Bring a machine's warm replica on to its latest point, and keep that one, if it is due, every `point_seconds`.
+async def bring_on(log: MachineLog, machine: ClaimedMachine, policy: Policy, *, clock: Clock) -> None:
+    """Bring a machine's warm replica on to its latest point, and keep that one, if one is due by the policy.
 
     Raises as `WarmReplica.advance`.
     """
     digest = bytes.fromhex(machine.stored_digest) or None
     async with WarmReplica(log, log.store, clock=clock, random=os.urandom) as replica:
         await replica.advance(stored_number=machine.stored_segment or 0, stored_digest=digest)
-        await replica.keep_points(retention_policy(policy), point_seconds)
+        await replica.keep_points(retention_policy(policy), policy.replica_point_seconds)
+
+
+async def remove_unwanted(log: MachineLog, machine: ClaimedMachine, policy: Policy, *, clock: Clock) -> None:
+    """Remove a machine's warm replica, which nobody wants any more. Raises as `remove_replica`."""
+    await remove_replica(log, clock=clock)
 
 
 class Upkeep:

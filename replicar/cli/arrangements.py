@@ -90,6 +90,9 @@ def set_policy(
     replica: Annotated[
         str | None, typer.Option(help="sealed (the log alone) or warm (a page blob close behind it).")
     ] = None,
+    replica_points: Annotated[
+        int | None, typer.Option(help="Seconds between the points of a warm replica; 0: none.", min=0)
+    ] = None,
     drill_days: Annotated[
         int | None, typer.Option(help="Days after which a drill is begun; 0: by hand only.", show_default=False)
     ] = None,
@@ -104,6 +107,7 @@ def set_policy(
             "every_point_seconds": None if every_point is None else every_point * 3600,
             "tiers": None if tier is None else _tiers(tier),
             "replica": replica,
+            "replica_point_seconds": replica_points,
             "drill_days": drill_days,
         }
         given = {field: value for field, value in given.items() if value is not None}
@@ -236,7 +240,8 @@ def _show_policy(console: Console, policy: Policy) -> None:
     for what, every in (("crash", policy.crash_point_seconds), ("application", policy.application_point_seconds)):
         said = "as the agent's settings say" if every is None else f"every {every} s" if every else "none"
         row(made, f"{what}-consistent points", said)
-    row(made, "replica", policy.replica)
+    points = f"a point every {policy.replica_point_seconds} s" if policy.replica_point_seconds else "no points"
+    row(made, "replica", policy.replica if policy.replica == "sealed" else f"{policy.replica}, {points}")
     row(made, "drills", f"every {policy.drill_days} days" if policy.drill_days else "by hand")
     console.print(made)
 

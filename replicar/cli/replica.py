@@ -47,9 +47,12 @@ def run_replica(
     every: Annotated[float, typer.Option(help="Seconds between rounds.", min=1.0)] = 30.0,
     once: Annotated[bool, typer.Option("--once", help="One round, then end; failover does so.")] = False,
     points_every: Annotated[
-        float,
-        typer.Option(help="Seconds between the points that are kept as snapshots of the blobs; 0: none.", min=0.0),
-    ] = POINT_SECONDS,
+        float | None,
+        typer.Option(
+            help="Seconds between the points that are kept as snapshots of the blobs; 0: none. The policy's otherwise.",
+            min=0.0,
+        ),
+    ] = None,
     point: PointName = None,
     at: At = None,
     sequence: Sequence = None,
@@ -72,7 +75,7 @@ def run_replica(
             raise PermanentError("a point goes with --once", hint="add --once, or leave the point out")
         request = chosen_point(point, at, sequence, latest=not named)
         loaded = load_settings(settings)
-        kept = Keeping(await _policy(loaded, machine, asks=vault_key_file is None), points_every)
+        kept = await _keeping(loaded, machine, points_every, asks=vault_key_file is None)
         async with (
             open_machine(loaded, machine, vault_key_file=vault_key_file, machine_id=machine_id) as access,
             WarmReplica(access.log, access.log.store, clock=SystemClock(), random=os.urandom) as replica,
@@ -135,12 +138,13 @@ def points(
     run(as_json, work)
 
 
-async def _policy(settings: OperatorSettings, machine: str, *, asks: bool) -> Policy:
-    """What the machine's policy says; without the config server, what operators know."""
+async def _keeping(settings: OperatorSettings, machine: str, every: float | None, *, asks: bool) -> Keeping:
+    """What the machine's policy says; without the config server, what operators know. `every` goes before either."""
     if not asks:
-        return Policy()
+        return Keeping(Policy(), POINT_SECONDS if every is None else every)
     async with settings.control() as control:
-        return retention_policy(await control.machine_policy(machine))
+        policy = await control.machine_policy(machine)
+    return Keeping(retention_policy(policy), policy.replica_point_seconds if every is None else every)
 
 
 async def _round(

@@ -4,12 +4,16 @@ Off until `metrics_listen` names an address; a port alone means this machine alo
 as is usual there: a page names machines and says how they are, and never holds a key or a byte of theirs. Whoever
 listens on other addresses has a proxy or a firewall in front.
 
+A port that can't be had keeps no part from its work, since protecting comes before being watched: it is said in the
+log, and tried again until it can; Prometheus notices by itself that nobody answers.
+
 What is promised: a scrape changes nothing and waits for nothing but the registry's own thread, so it can't hold the
 data path up for longer than the page takes to write. Connections are few and short-lived by a limit.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 from collections.abc import Awaitable, Callable
@@ -30,6 +34,7 @@ LOOPBACK: Final = "127.0.0.1"
 MAX_CONNECTIONS: Final = 16
 KEEP_ALIVE_SECONDS: Final = 75.0
 SHUTDOWN_SECONDS: Final = 1.0
+RETRY_SECONDS: Final = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -71,21 +76,20 @@ class Endpoint:
     Args:
         listen: the setting.
         collect: makes the page of one scrape.
+        retry_seconds: between tries to listen where that was not possible.
     """
 
-    def __init__(self, listen: str, collect: Collect) -> None:
+    def __init__(self, listen: str, collect: Collect, *, retry_seconds: float = RETRY_SECONDS) -> None:
         self.port = 0
         self._address = parse_listen(listen)
         self._collect = collect
         self._stack = AsyncExitStack()
         self._runner: web.AppRunner | None = None
+        self._retry_seconds = retry_seconds
+        self._trying: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Listen, if the setting says where.
-
-        Raises:
-            PermanentError: the port is taken, or the address is not this machine's.
-        """
+        """Listen, if the setting says where; a place that can't be had is said in the log, and tried again."""
         if self._address is None:
             return self
         from aiohttp import web  # it takes a while to import, and is not asked for by most
@@ -97,17 +101,35 @@ class Endpoint:
         )
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
-        host, port = self._address
-        try:
-            await web.TCPSite(runner, host, port, backlog=MAX_CONNECTIONS).start()
-        except OSError as error:
-            await self._stack.aclose()
-            raise _refused(error, host, port) from None
-        self._runner, self.port = runner, int(runner.addresses[0][1])
-        _log.info("metrics are at http://%s:%d%s", f"[{host}]" if ":" in host else host, self.port, PATH)
+        self._runner = runner
+        if not await self._listen(runner, *self._address):
+            self._trying = asyncio.get_running_loop().create_task(self._try_again(runner, *self._address))
         return self
 
+    async def _listen(self, runner: web.AppRunner, host: str, port: int) -> bool:
+        from aiohttp import web
+
+        site = web.TCPSite(runner, host, port, backlog=MAX_CONNECTIONS)
+        try:
+            await site.start()
+        except OSError as error:
+            await site.stop()
+            _log.error("%s", _refused(error, host, port))
+            return False
+        self.port = int(runner.addresses[0][1])
+        _log.info("metrics are at http://%s:%d%s", f"[{host}]" if ":" in host else host, self.port, PATH)
+        return True
+
+    async def _try_again(self, runner: web.AppRunner, host: str, port: int) -> None:
+        while True:
+            await asyncio.sleep(self._retry_seconds)
+            if await self._listen(runner, host, port):
+                return
+
     async def __aexit__(self, *_: object) -> None:
+        if self._trying is not None:
+            self._trying.cancel()
+            await asyncio.gather(self._trying, return_exceptions=True)
         await self._stack.aclose()
 
     async def _answer(self, _: web.Request) -> web.Response:

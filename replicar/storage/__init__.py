@@ -5,11 +5,12 @@ A part opens a `PageBlobStore` from a `StorageTarget` with `open_store`; tests a
 """
 
 from replicar.storage.memory import MemoryStore
-from replicar.storage.store import BlobInfo, PageBlobStore, is_missing, outcome_is_certain
+from replicar.storage.store import BlobInfo, CopySource, PageBlobStore, is_missing, outcome_is_certain
 from replicar.storage.target import StorageTarget, open_store
 
 __all__ = [
     "BlobInfo",
+    "CopySource",
     "MemoryStore",
     "PageBlobStore",
     "StorageTarget",

@@ -27,6 +27,7 @@ from collections.abc import Awaitable, Mapping
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
+from urllib.parse import quote
 
 import aiohttp
 from azure.core import MatchConditions
@@ -36,10 +37,20 @@ from azure.storage.blob import BlobProperties, SequenceNumberAction
 from azure.storage.blob.aio import BlobClient, BlobLeaseClient, ContainerClient
 
 from replicar.errors import ConflictError, PermanentError, ReplicarError
-from replicar.storage.outcomes import NO_LEASE_CODES, answer_error, no_answer, past_end, untrusted
+from replicar.storage.outcomes import NO_LEASE_CODES, answer_error, copied, no_answer, past_end, untrusted
 from replicar.storage.route import STRAIGHT, Route
 from replicar.storage.signing import Credential, signer_for
-from replicar.storage.store import BLOB_MISSING, BlobInfo, Blobs, Pages, Ranges, is_missing, merge_ranges
+from replicar.storage.store import (
+    BLOB_MISSING,
+    COPY_OF,
+    BlobInfo,
+    Blobs,
+    CopySource,
+    Pages,
+    Ranges,
+    is_missing,
+    merge_ranges,
+)
 from replicar.storage.transport import OneRequestTransport
 from replicar.storage.uplink import NotConnectedError, Uplink
 
@@ -111,6 +122,8 @@ class AzureBlobStore:
             request_seconds=request_timeout_seconds,
             route=route,
         )
+        self._account_url = account_url.rstrip("/")
+        self._signature = f"&{credential.signature}" if isinstance(credential, AzureSasCredential) else ""
         self._identity = None if isinstance(credential, AzureNamedKeyCredential | AzureSasCredential) else credential
 
     def __repr__(self) -> str:
@@ -259,6 +272,22 @@ class AzureBlobStore:
         client = self._client.get_blob_client(name, snapshot=snapshot)
         return await self._download(client, name, offset, length)
 
+    async def copy(self, name: str, source: CopySource) -> bool:
+        doing = "copy a snapshot"
+        try:
+            there = await self._ask(doing, name, self._blob(name).get_blob_properties())
+        except PermanentError as error:
+            if not is_missing(error):
+                raise
+            call = self._blob(name).start_copy_from_url(
+                self._link(source), metadata={COPY_OF: str(source)}, match_condition=MatchConditions.IfMissing
+            )
+            begun: Mapping[str, Any] = await self._ask(doing, name, call)
+            return copied(str(begun["copy_status"]), self._name, name)
+        if {key.lower(): value for key, value in (there.metadata or {}).items()}.get(COPY_OF) != str(source):
+            raise answer_error(409, "BlobAlreadyExists", {}, doing=doing, container=self._name, blob=name)
+        return copied(str(there.copy.status), self._name, name)
+
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         try:
             call = self._client.get_blob_client(name, snapshot=snapshot).delete_blob()
@@ -304,6 +333,11 @@ class AzureBlobStore:
         # Only a connection that never came to be proves that nothing was sent.
         certain = isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | NotConnectedError)
         return no_answer(doing, self._name, name, cause=type(cause).__name__, certain=certain)
+
+    def _link(self, source: CopySource) -> str:
+        """By which the service finds a snapshot of this account; with our signature, if that is what we have."""
+        place = f"{self._account_url}/{source.container or self._name}/{quote(source.name)}"
+        return f"{place}?snapshot={quote(source.snapshot)}{self._signature}"
 
     def _blob(self, name: str) -> BlobClient:
         client = self._blobs.get(name)

@@ -21,7 +21,7 @@ from typing import Final, Self
 
 from replicar.clock import Clock
 from replicar.errors import LimitError, ReplicarError
-from replicar.storage.store import PAGE_BYTES, BlobInfo, Blobs, PageBlobStore, Pages, Ranges, is_missing
+from replicar.storage.store import PAGE_BYTES, BlobInfo, Blobs, CopySource, PageBlobStore, Pages, Ranges, is_missing
 
 #: Largest Put Page ("Put Page": 4 MiB).
 MAX_PUT_BYTES: Final = 4 << 20
@@ -186,6 +186,10 @@ class LimitedStore:
     async def read_snapshot(self, name: str, snapshot: str, offset: int, length: int) -> bytes:
         await self._pace(name, length)
         return await self._inner.read_snapshot(name, snapshot, offset, length)
+
+    async def copy(self, name: str, source: CopySource) -> bool:
+        await self._pace(name)
+        return await self._inner.copy(name, source)
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await self._pace(name)

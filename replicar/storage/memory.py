@@ -20,7 +20,7 @@ from typing import Final, Self
 from replicar.clock import Clock, SystemClock
 from replicar.errors import ReplicarError
 from replicar.storage.outcomes import answer_error, conflict, fenced, missing, past_end
-from replicar.storage.store import PAGE_BYTES, BlobInfo, Blobs, Pages, Ranges, merge_ranges
+from replicar.storage.store import COPY_OF, PAGE_BYTES, BlobInfo, Blobs, CopySource, Pages, Ranges, merge_ranges
 
 CHUNK_BYTES: Final = 64 << 10
 _PAGES_PER_CHUNK = CHUNK_BYTES // PAGE_BYTES
@@ -212,6 +212,22 @@ class MemoryStore:
         if kept is None:
             raise missing("read", self._name, name)
         return self._bytes(kept, name, offset, length)
+
+    async def copy(self, name: str, source: CopySource) -> bool:
+        doing = "copy a snapshot"
+        if source.container not in ("", self._name):
+            raise missing(doing, source.container, source.name)
+        kept = self._blob(doing, source.name).snapshots.get(source.snapshot)
+        if kept is None:
+            raise missing(doing, self._name, source.name)
+        there = self._container(doing).get(name)
+        if there is None:
+            await self.create(name, kept.size_bytes, metadata={COPY_OF: str(source)})
+            made = self._blob(doing, name)
+            made.chunks = {index: _Chunk(bytearray(each.data), each.written) for index, each in kept.chunks.items()}
+        elif there.metadata.get(COPY_OF) != str(source):
+            raise self._refused(doing, name, 409, "BlobAlreadyExists")
+        return True
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         blob = self._container("delete the snapshot").get(name)

@@ -24,6 +24,8 @@ from replicar.storage.store import BLOB_MISSING, CONTAINER_MISSING
 MAX_RETRY_AFTER_SECONDS: Final = 3600.0
 
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+#: So are these, whatever their status: what is in the way ends by itself.
+_TRANSIENT_CODES = frozenset({"ContainerBeingDeleted", "ServerBusy", "OperationTimedOut", "PendingCopyOperation"})
 #: 409 and 412 codes that say: this blob is somebody else's.
 _LEASE_CODES = frozenset(
     {
@@ -52,7 +54,7 @@ def answer_error(
     facts: dict[str, Any] = {"container": container, "blob": blob, "status": status, "code": code}
     if request_id := headers.get("x-ms-request-id"):
         facts["request_id"] = request_id
-    if status in _TRANSIENT or code in ("ContainerBeingDeleted", "ServerBusy", "OperationTimedOut"):
+    if status in _TRANSIENT or code in _TRANSIENT_CODES:
         return TransientError(
             f"could not {doing}: the storage service answered {status} for {place}",
             retry_after_seconds=retry_after_seconds(headers),
@@ -130,6 +132,23 @@ def past_end(doing: str, container: str, blob: str | None) -> PermanentError:
         reason="past_end",
         container=container,
         blob=blob,
+    )
+
+
+def copied(status: str, container: str, blob: str) -> bool:
+    """What the service says of a copy that it makes: whether it is complete, or still under way.
+
+    Raises:
+        PermanentError: it was given up.
+    """
+    if status in ("success", "pending"):
+        return status == "success"
+    raise PermanentError(
+        f"the storage service gave up the copy that was to be blob {blob} in container {container} ({status})",
+        hint="its source was deleted, or somebody ended the copy; delete the blob and ask again",
+        container=container,
+        blob=blob,
+        reason="copy",
     )
 
 

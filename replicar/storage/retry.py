@@ -12,6 +12,7 @@ land, even after the second one was answered. So, method by method:
   must never mistake another's blob for its own puts something unique into the metadata.
 - `acquire_lease` proposes an id made here, once, so that asking twice is asking once. `release_lease` that finds the
   lease gone after an uncertain try has released it.
+- `copy` says in the copy's metadata of what it is, and looks before it asks for one.
 - `snapshot` may leave more than one; under `if_etag` they all hold the same. `delete_snapshot` is as `delete`.
 - `bump_sequence_number` may raise by more than one, which is as good. `delete`, `break_lease`, `set_metadata` (one
   writer) and all reading are harmless by themselves; names are never used again after `delete`.
@@ -29,7 +30,15 @@ from typing import Final, Self, TypeVar
 
 from replicar.clock import Clock
 from replicar.errors import ConflictError, FencedError, TransientError
-from replicar.storage.store import BlobInfo, Blobs, PageBlobStore, Pages, Ranges, outcome_is_certain
+from replicar.storage.store import (
+    BlobInfo,
+    Blobs,
+    CopySource,
+    PageBlobStore,
+    Pages,
+    Ranges,
+    outcome_is_certain,
+)
 
 _T = TypeVar("_T")
 
@@ -189,6 +198,9 @@ class RetryingStore:
 
     async def read_snapshot(self, name: str, snapshot: str, offset: int, length: int) -> bytes:
         return await self._again(lambda: self._inner.read_snapshot(name, snapshot, offset, length))
+
+    async def copy(self, name: str, source: CopySource) -> bool:
+        return await self._again(lambda: self._inner.copy(name, source))
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         await self._again(lambda: self._inner.delete_snapshot(name, snapshot))

@@ -60,6 +60,22 @@ class BlobInfo:
 Blobs = list[BlobInfo]
 
 
+@dataclass(frozen=True, slots=True)
+class CopySource:
+    """A blob's snapshot that is copied; `container` is one of the same account, empty for the store's own."""
+
+    name: str
+    snapshot: str
+    container: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.container}/{self.name}?{self.snapshot}".lstrip("/")
+
+
+#: The metadata of a copy that say of what it is.
+COPY_OF: Final = "replicar_copy_of"
+
+
 class PageBlobStore(Protocol):
     """One container of page blobs. All methods raise `TransientError` when the service is away, `FencedError`, and
     `PermanentError` as the module says; only what differs from that is said below."""
@@ -141,6 +157,18 @@ class PageBlobStore(Protocol):
 
     async def read_snapshot(self, name: str, snapshot: str, offset: int, length: int) -> bytes:
         """As `read`, of a snapshot."""
+        ...
+
+    async def copy(self, name: str, source: CopySource) -> bool:
+        """Have the service make a blob as a copy of a snapshot; whether it is complete, or still under way.
+
+        Asked again it looks how far that is. A copy that is complete stays as it is, with what was written to it since,
+        as long as its metadata name the source (COPY_OF).
+
+        Raises:
+            ConflictError: there is another blob of that name.
+            PermanentError: the snapshot is not there, the service may not read it, or it gave the copy up.
+        """
         ...
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None:

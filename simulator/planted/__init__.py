@@ -77,6 +77,8 @@ PLANTED: Final[Mapping[str, Bug]] = {
 #: Mistakes that were the product's, and show in few stories: of each, the one that found it is kept as a file.
 ONCE: Final[Mapping[str, Bug]] = {
     "redone_over_newer": _bug(agent.redone_over_newer, "storage_throttles", "agent_killed", workload=_HEAVY),
+    "dropped_pages_are_believed": _bug(agent.dropped_pages_are_believed, "sync_errors", "machine_power"),
+    "failed_flush_is_forgotten": _bug(agent.failed_flush_is_forgotten, "sync_errors", "machine_power"),
     "extents_are_retired": _bug(agent.extents_are_retired, "storage_away", "machine_power", workload=_HEAVY),
 }
 

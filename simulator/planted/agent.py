@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from mobility_agent.capture.disk import Disk
@@ -9,6 +10,7 @@ from mobility_agent.capture.inline import InlineCapture
 from mobility_agent.digests import Digests
 from mobility_agent.ladder import Ladder
 from mobility_agent.logstate import LogState
+from mobility_agent.mapped import MappedFile
 from mobility_agent.seeding import Seeder
 from mobility_agent.sender import Sender
 from mobility_agent.touched import NO_RANGES, TouchedRegions
@@ -108,6 +110,24 @@ def extents_are_retired() -> Names:
         begin_round(self)
 
     return ((TouchedRegions, "begin_round", forgetful),)
+
+
+def failed_flush_is_forgotten() -> Names:
+    """A flush of a disk that succeeds behind one that failed is believed. (It was so once.)"""
+
+    def sync(self: Disk) -> None:
+        os.fdatasync(self.fd)
+
+    return ((Disk, "_sync", sync),)
+
+
+def dropped_pages_are_believed() -> Names:
+    """A sync that succeeds behind one that failed is taken for having written what that one dropped. (It was so.)"""
+
+    def nothing(self: MappedFile, *_: Any) -> None:
+        """It is clean, says the kernel."""
+
+    return ((MappedFile, "store_again", nothing),)
 
 
 def redone_over_newer() -> Names:

@@ -25,7 +25,7 @@ from typing import Any, Final, Self, TypeVar
 from replicar.errors import ReplicarError
 from replicar.storage.memory import MemoryStore
 from replicar.storage.outcomes import answer_error, no_answer
-from replicar.storage.store import BlobInfo, Blobs, Pages, Ranges
+from replicar.storage.store import BlobInfo, Blobs, CopySource, Pages, Ranges
 from simulator.world.clocks import MachineClock
 from simulator.world.loop import VirtualLoop
 from simulator.world.processes import current
@@ -253,6 +253,10 @@ class BlobClient:
     async def read_snapshot(self, name: str, snapshot: str, offset: int, length: int) -> bytes:
         inner = self._service.inner
         return await self._ask("read", name, lambda: inner.read_snapshot(name, snapshot, offset, length), length=length)
+
+    async def copy(self, name: str, source: CopySource) -> bool:
+        inner = self._service.inner
+        return await self._ask("copy a snapshot", name, lambda: inner.copy(name, source), writes=True)
 
     async def delete_snapshot(self, name: str, snapshot: str) -> None:
         inner = self._service.inner

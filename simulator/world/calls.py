@@ -18,7 +18,6 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from mobility_agent.capture import disk as capture_disk
@@ -218,10 +217,16 @@ class Calls:
 
     # --- below ---
 
-    def mapped_sync(self, node: Node, descriptor: int, process: Process) -> None:
-        """A mapping is flushed."""
-        process.call()
-        process.machine.files.synced(node, descriptor)
+    def sync_mapped(self, file: _File) -> None:
+        """A mapping is flushed, as `fsync` does it; of a file without a name nothing would be left anyway."""
+        if not os.path.exists(file.path):
+            return
+        descriptor = REAL.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if REAL.fstat(descriptor).st_ino == file.node.number:
+                self._sync_file(file, descriptor)
+        finally:
+            REAL.close(descriptor)
 
     def file(self, descriptor: int) -> _File | None:
         return self._files.get(descriptor)
@@ -235,6 +240,9 @@ class Calls:
         if file is None:
             REAL.fsync(descriptor)
             return
+        self._sync_file(file, descriptor)
+
+    def _sync_file(self, file: _File, descriptor: int) -> None:
         files = file.process.machine.files
         try:
             self._before(file.process, "sync", file.path, 0, 0)
@@ -297,7 +305,10 @@ def _mapping(calls: Calls) -> type[mmap.mmap]:
     real = mmap.mmap
 
     class Mapping(real):  # type: ignore[valid-type, misc]
-        """A mapping whose `flush` makes durable, as msync does."""
+        """A mapping whose `flush` makes durable, as msync does, and whose stores dirty pages, whatever they store.
+
+        What is stored through a buffer of it (a memoryview, an array) shows only where bytes change.
+        """
 
         def __new__(cls, descriptor: int, length: int, *args: Any, **options: Any) -> Any:
             made = super().__new__(cls, descriptor, length, *args, **options)
@@ -312,16 +323,15 @@ def _mapping(calls: Calls) -> type[mmap.mmap]:
             if file is None or current() is None:
                 super().flush(*args)
                 return
-            process = file.process
-            process.call()
-            path = Path(file.path)
-            if path.exists():
-                descriptor = REAL.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    if REAL.fstat(descriptor).st_ino == file.node.number:
-                        process.machine.files.synced(file.node, descriptor)
-                finally:
-                    REAL.close(descriptor)
+            file.process.call()
+            calls.sync_mapped(file)
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            super().__setitem__(key, value)
+            file: _File | None = getattr(self, "of", None)
+            if file is not None and file.node.lost:
+                places = range(*key.indices(len(self))) if isinstance(key, slice) else (key % len(self),)
+                file.process.machine.files.stored(file.node, places)
 
     Mapping.__name__ = "mmap"
     return Mapping

@@ -10,7 +10,9 @@ rebuilds the directory as a disk may be found after the power went:
   file that is new or changed its length, writes the journal out, as ext4 and XFS do.
 
 A file that is written by calls keeps a list of what is dirty; one that is written through a mapping is compared as a
-whole, which is cheap since only what is not a hole is looked at.
+whole, which is cheap since only what is not a hole is looked at. When a sync fails, what was dirty is dropped: it can
+be read, is taken for clean, and is never written until somebody stores there again (`stored`, for mappings; through
+their buffers, where bytes differ).
 
 Weak: two names of one file, symbolic links and modes are not played.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +132,12 @@ class FileSystem:
         node.dirty.update(range(first, last + 1))
         for page in range(first, last + 1):
             node.lost.pop(page, None)
+
+    def stored(self, node: Node, places: Sequence[int]) -> None:
+        """Through a mapping, byte by byte: what a failed sync dropped there is dirty again, whatever it holds."""
+        if places:
+            for page in range(min(places[0], places[-1]) // PAGE, max(places[0], places[-1]) // PAGE + 1):
+                node.lost.pop(page, None)
 
     def synced(self, node: Node, descriptor: int) -> None:
         """It is durable as it is now."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config_server.upkeep import OVERDUE, OVERDUE_SECONDS, TRIES
+from config_server.upkeep import OVERDUE, OVERDUE_SECONDS, TRIES, UNWANTED_SECONDS
 from replicar.control.client import ControlClient
 from replicar.control.identity import Role
 from replicar.control.message import ErrorReport
@@ -28,7 +28,7 @@ from replicar.errors import FencedError, PermanentError
 from tests.config_server.script import Script, drill
 from tests.config_server.support import Cast
 
-FOLD, REPLICA = UpkeepKind.FOLD, UpkeepKind.REPLICA
+FOLD, REPLICA, REMOVAL = UpkeepKind.FOLD, UpkeepKind.REPLICA, UpkeepKind.REPLICA_REMOVAL
 #: noon (50) is given up, app (60) is kept, everything is there from 90 on.
 LEFT = Retention(
     generation=3,
@@ -94,6 +94,47 @@ async def test_only_machines_that_replicate_and_have_a_log_are_kept_up(
     await cast.operator.remove("db1")
     cast.house.clock.move(days=1)
     assert await claimed(worker.client) is None
+
+
+async def test_a_replica_that_is_not_wanted_any_more_is_removed_once_and_after_a_while(
+    protected: Cast, hands: ControlClient
+) -> None:
+    operator, clock = protected.operator, protected.house.clock
+    assert await claimed(hands, kind=REMOVAL) is None, "there never was one"
+    warm = await operator.set_policy(Policy(name="default", replica="warm"), base_version=0)
+    assert await claimed(hands, kind=REPLICA) == "db1"
+    await operator.set_policy(Policy(name="default", replica="sealed"), base_version=warm.version)
+    clock.move(seconds=UNWANTED_SECONDS - 10)
+    assert await claimed(hands, kind=REMOVAL) is None, "the operator may think better of it"
+    clock.move(seconds=11)
+    assert await claimed(hands, kind=REPLICA) is None
+    assert await claimed(hands, kind=REMOVAL) == "db1"
+    await hands.report_upkeep(said(protected, kind=REMOVAL, elsewhere=True, again_seconds=60))
+    clock.move(seconds=61)
+    assert await claimed(hands, kind=REMOVAL) == "db1", "somebody still read from it"
+    await hands.report_upkeep(said(protected, kind=REMOVAL))
+    clock.move(days=1)
+    assert await claimed(hands, kind=REMOVAL) is None, "there is none any more"
+
+
+async def test_a_replica_of_a_machine_that_is_failed_over_stays_and_of_one_that_is_disabled_goes(
+    protected: Cast, hands: ControlClient
+) -> None:
+    operator, clock = protected.operator, protected.house.clock
+    await operator.set_policy(Policy(name="default", replica="warm"), base_version=0)
+    assert await claimed(hands, kind=REPLICA) == "db1"
+    await hands.report_upkeep(said(protected, kind=REPLICA))
+    script = Script(hands)
+    await operator.make_job("db1", JobKind.FAILOVER, JobParameters(compute="qemu"))
+    await script.carry_out(JobKind.FAILOVER)
+    clock.move(days=1)
+    assert await claimed(hands, kind=REMOVAL) is None
+    await operator.make_job("db1", JobKind.COMMIT)
+    await script.carry_out(JobKind.COMMIT)
+    assert await claimed(hands, kind=REMOVAL) is None
+    await operator.make_job("db1", JobKind.DISABLE)
+    await protected.house.server.rounds().go()
+    assert await claimed(hands, kind=REMOVAL) == "db1"
 
 
 async def test_a_failure_is_an_alert_until_it_went_well(protected: Cast, hands: ControlClient) -> None:

@@ -294,6 +294,23 @@ async def test_a_cut_that_leaves_a_later_file_and_not_the_one_before_goes_on_ane
     log.abandon()
 
 
+async def test_a_log_that_comes_back_shorter_than_it_was_closed_is_not_believed(tmp_path: Path) -> None:
+    """As after a sync that failed: the next one succeeds, and what the kernel had dropped is on no disk."""
+    log = open_log(tmp_path)
+    _mark(log, "a")
+    log.seal()
+    (file,) = tmp_path.glob("*.hrl")
+    shorter = file.read_bytes()
+    _mark(log, "b")
+    reserved, length = log.state.reserved_sequence, len(file.read_bytes())
+    await log.close()
+    file.write_bytes(shorter.ljust(length, b"\0"))
+    log = open_log(tmp_path, boot_id=b"after the cut".ljust(16))
+    assert log.past is Past.UNKNOWN
+    assert log.next_sequence == reserved  # no number is given out twice
+    log.abandon()
+
+
 def test_another_machines_log_is_refused(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     _mark(log, "a")

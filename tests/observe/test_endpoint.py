@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from replicar.errors import PermanentError, TransientError
+from replicar.errors import TransientError
 from replicar.observe.endpoint import MAX_CONNECTIONS, Endpoint, parse_listen
 from replicar.observe.exposition import Page
 
@@ -37,12 +37,28 @@ async def test_it_listens_nowhere_unless_it_is_told_to() -> None:
         assert endpoint.port == 0
 
 
-async def test_a_port_that_is_taken_is_an_error_that_says_so() -> None:
-    async with Endpoint("127.0.0.1:0", a_page) as endpoint:
-        with pytest.raises(PermanentError, match="is taken") as caught:
-            async with Endpoint(str(endpoint.port), a_page):
-                pass
-        assert "metrics_listen" in caught.value.hint
+async def test_a_port_that_is_taken_keeps_nobody_from_working_and_is_had_when_it_is_free(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Endpoint("127.0.0.1:0", a_page) as first:
+        port = first.port
+        second = Endpoint(str(port), a_page, retry_seconds=0.05)
+        await second.__aenter__()
+        assert second.port == 0
+        assert "is taken" in caplog.text
+        assert "set another `metrics_listen`" in caplog.text
+    try:
+        async with asyncio.timeout(60):
+            while not second.port:
+                await asyncio.sleep(0.05)
+        assert (await get(port))[0] == 200
+    finally:
+        await second.__aexit__()
+
+
+async def test_one_that_never_got_its_port_ends_without_it() -> None:
+    async with Endpoint("127.0.0.1:0", a_page) as first, Endpoint(str(first.port), a_page) as second:
+        assert second.port == 0
 
 
 async def test_what_can_not_be_told_now_is_a_503_with_its_reason() -> None:

@@ -43,9 +43,11 @@ class Killed:
 
     async def kill_one(self) -> bool:
         """A run that dies somewhere, another one later: then the log has what the twin has. Whether it died."""
+        began_ns = time.monotonic_ns()
         died = await self._fold(self._random.randrange(OPERATIONS), self._random.choice(WHEN))
+        took_ns = time.monotonic_ns() - began_ns  # its clock went on meanwhile, and its hold is as young as its end
         await self._check()  # with the dead one's work half done
-        self._scene.clock.ns += (STALE_SECONDS + 1) * NS
+        self._scene.clock.ns += (STALE_SECONDS + 1) * NS + took_ns
         for _ in range(2):
             assert not await self._fold()
             await self._fold_twin()

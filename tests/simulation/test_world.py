@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import mmap
 import os
 import random
 import time
@@ -13,6 +15,7 @@ import pytest
 
 from replicar.errors import ReplicarError
 from simulator.world.blobs import BlobClient, Weather
+from simulator.world.calls import Device
 from simulator.world.cast import MACHINES, SERVERS
 from simulator.world.files import PAGE
 from simulator.world.loop import StuckError, VirtualLoop
@@ -189,3 +192,39 @@ def test_the_truth_tells_lost_misplaced_and_too_new_apart() -> None:
     assert "write 2" in truth.differences(old[:1024] + new + rest, 15)[0]
     assert "another place" in truth.differences(bytes(512) + old + bytes(11 * 512), 15)[1]
     assert "damaged" in truth.differences(old[:100] + b"!" + old[101:] + rest, 15)[0]
+
+
+@pytest.mark.parametrize("again", ["nothing", "the same bytes", "other bytes"])
+def test_what_a_failed_sync_dropped_is_written_when_it_is_stored_again_whatever_it_holds(again: str) -> None:
+    lost = 0
+    for seed in range(10):
+        with standing(seed) as world:
+            path, content = world.machines[DB].directory / "file", b"x" * PAGE
+
+            async def main(process: Process, path: Path = path, content: bytes = content) -> None:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+                os.ftruncate(descriptor, PAGE)
+                os.fsync(descriptor)
+                with mmap.mmap(descriptor, PAGE) as mapping:
+                    mapping[:] = content
+                    world.calls.devices[DB] = _FailingSyncs()
+                    with pytest.raises(OSError, match="Input/output error"):
+                        os.fsync(descriptor)
+                    world.calls.devices[DB] = Device()
+                    if again != "nothing":
+                        mapping[100:200] = (b"x" if again == "the same bytes" else b"y") * 100
+                    os.fsync(descriptor)
+                    await asyncio.sleep(1000)
+
+            world.start(DB, "writer", main)
+            world.loop.run_until_complete(asyncio.sleep(1))
+            world.power_off(DB)
+            assert len(path.read_bytes()) == PAGE
+            lost += path.read_bytes()[:100] != content[:100]
+    assert lost == (10 if again == "nothing" else 0)
+
+
+class _FailingSyncs(Device):
+    def before(self, call: str, path: str, offset: int, length: int) -> None:
+        if call == "sync":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -38,6 +38,7 @@ class Policy(Message):
     crash_point_seconds, application_point_seconds: how often the agent makes a point by the clock; 0: never, None: as
         its own settings say. Application-consistent points need hooks on the machine.
     replica: whether storage has only the sealed log, or a page blob besides that is kept close behind it.
+    replica_point_seconds: how far apart the warm replica's own points, snapshots, are; 0: none. Tiers thin them, too.
     drill_days: a drill is begun this many days after the last one; 0: by hand only. It waits for its clean-up.
     """
 
@@ -52,6 +53,7 @@ class Policy(Message):
     crash_point_seconds: Every | Literal[0] | None = None
     application_point_seconds: Every | Literal[0] | None = None
     replica: Literal["sealed", "warm"] = "sealed"
+    replica_point_seconds: Every | Literal[0] = HOUR
     drill_days: Annotated[int, Field(ge=0, le=366)] = 0
 
     @property
@@ -133,7 +135,8 @@ class PointSchedule(Message):
 class Alert(Message):
     """Something that an operator should know of a machine, since when, and until when (None: still).
 
-    `code` is stable: `rpo-exceeded`; `fold-failing`, `fold-overdue`, `replica-failing`, `replica-overdue` of upkeep.
+    `code` is stable: `rpo-exceeded`; `fold-failing`, `fold-overdue`, `replica-failing`, `replica-overdue`,
+    `replica-removal-failing`, `replica-removal-overdue` of upkeep.
     """
 
     number: Count

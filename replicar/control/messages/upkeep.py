@@ -25,10 +25,11 @@ MAX_KEPT: Final = 4096
 
 class UpkeepKind(StrEnum):
     """What is done: `fold` brings the index up to date and gives up what the policy does not keep; `replica` brings a
-    warm replica on."""
+    warm replica on; `replica-removal` removes one that the policy does not want any more."""
 
     FOLD = "fold"
     REPLICA = "replica"
+    REPLICA_REMOVAL = "replica-removal"
 
 
 class KeptState(Message):

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -116,9 +117,16 @@ def test_what_is_taken_and_what_goes(
 
 def test_a_clock_that_is_behind_gives_nothing_up() -> None:
     there = of(1, NOW - 7 * HOUR, 0, 1)
-    told = {"sequence": 1, "time_ns": NOW, "every_ns": 0}
-    assert plan_points(there, POLICY, now_ns=NOW - 6 * HOUR, **told).remove == ()
-    assert plan_points(there, POLICY, now_ns=NOW, **told).remove == tuple(there)
+    told = partial(plan_points, there, POLICY, sequence=1, time_ns=NOW, every_ns=0)
+    assert told(now_ns=NOW - 6 * HOUR).remove == ()
+    assert told(now_ns=NOW).remove == tuple(there)
+
+
+def test_a_point_that_somebody_reads_stays_whatever_the_policy_says() -> None:
+    there = [*of(1, NOW - 7 * HOUR, 0, 1), *of(2, NOW - 6 * HOUR - 1, 0, 1)]
+    told = partial(plan_points, there, POLICY, sequence=9, time_ns=NOW, now_ns=NOW, every_ns=0)
+    assert told().remove == tuple(there)
+    assert told(read={2}).remove == tuple(of(1, NOW - 7 * HOUR, 0, 1))
 
 
 def test_weeks_of_points_stay_within_the_limit_and_thin_out_as_the_policy_says() -> None:

@@ -66,7 +66,15 @@ class Stage:
         assert self.settings.azure is not None
         options = {"retry_total": 2, "retry_backoff_factor": 0.001, "polling_interval": 0}
         evidence = self.settings.directory / "evidence"
-        make = partial(azure_for, self.settings.azure, evidence, QuickClock(), tokens=Token, options=options)
+        make = partial(
+            azure_for,
+            self.settings.azure,
+            evidence,
+            QuickClock(),
+            tokens=Token,
+            options=options,
+            logs=self.settings.storage,
+        )
         return Worker(self.settings, None, QuickClock(), hands={"azure": make})
 
     async def job(self, kind: JobKind, parameters: JobParameters | None = None) -> Job:

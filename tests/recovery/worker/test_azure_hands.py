@@ -4,12 +4,14 @@ stand-in (`tests/recovery/compute/resource_manager.py`), since there is none to 
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from pathlib import Path
 
 import pytest
 
 from recovery.output import write_vhd_blob
+from recovery.replica.warm import WarmReplica
 from recovery.worker import azure_hands
 from recovery.worker.azure_hands import account_of, azure_target, is_whole
 from recovery.worker.service import hands_of
@@ -17,6 +19,7 @@ from recovery.worker.settings import AzureSettings, load_settings
 from replicar.control.messages import JobKind, JobParameters, JobState, LifeState
 from replicar.errors import PermanentError
 from replicar.formats import vhd
+from replicar.moments import format_moment
 from replicar.storage import MemoryStore, StorageTarget, open_store
 from tests.config_server.script import life
 from tests.recovery.compute.resource_manager import GROUP, MACHINES, NETWORKS, SUBSCRIPTION
@@ -104,6 +107,39 @@ async def test_a_failover_to_azure_is_committed_and_keeps_what_its_disks_were(st
     assert [path.rpartition("-")[2] for path in stage.azure.paths("snapshots")] == ["base", "base"]
     assert (await stage.job(JobKind.COMMIT)).state is JobState.SUCCEEDED
     assert await life(stage.stored.cast) is LifeState.COMMITTED
+
+
+async def test_a_failover_goes_on_from_the_warm_replica_and_makes_what_the_log_alone_would(stage: Stage) -> None:
+    builder = stage.stored.builder
+    async with WarmReplica(builder.log, builder.store, clock=QuickClock(), random=os.urandom) as replica:
+        held = await replica.advance()
+    for sector in (3, 250):
+        builder.write(0, sector * 512, os.urandom(2 * 512))
+    await builder.seal()
+    last = builder.sequence - 1
+    stored = {"stored_segment": builder.number - 1, "stored_digest": builder.previous.hex()}
+    cast = stage.stored.cast
+    await cast.machine.agent_heartbeat(cast.house.machine_heartbeat(captured_sequence=last, ordered_from=(1, 1)))
+    await cast.report_stored(last, **stored)
+    failover = await stage.job(JobKind.FAILOVER, JobParameters(options={"banner": "login:"}))
+    assert failover.state is JobState.SUCCEEDED, failover.error
+    (said,) = [step.message for step in failover.steps if step.name == "disks"]
+    assert said.count(f"the replica of {format_moment(held.time_ns)}") == 2
+    assert "and 2,048 bytes of the log" in said
+    assert all(_holds(found, disk) for found, disk in zip((await stage.vhds()).values(), _at(stage, last), strict=True))
+
+
+async def test_a_replica_that_was_altered_is_left_for_the_log(stage: Stage) -> None:
+    builder = stage.stored.builder
+    async with WarmReplica(builder.log, builder.store, clock=QuickClock(), random=os.urandom) as replica:
+        await replica.advance()
+    await builder.store.put_pages(f"replicas/{builder.machine_id}/0.vhd", 0, os.urandom(250 * 512))
+    drill = await stage.job(JobKind.TEST_FAILOVER, DRILL)
+    assert drill.state is JobState.SUCCEEDED, drill.error
+    (said,) = [step.message for step in drill.steps if step.name == "disks"]
+    assert "disk0: from the log alone, since the replica of disk disk0 does not hold what the log has" in said
+    expected = _at(stage, stage.stored.points[POINT])
+    assert all(_holds(found, disk) for found, disk in zip((await stage.vhds()).values(), expected, strict=True))
 
 
 async def test_a_failover_that_is_taken_back_leaves_nothing_in_azure(stage: Stage) -> None:

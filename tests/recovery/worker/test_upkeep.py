@@ -236,12 +236,10 @@ async def test_a_warm_replica_is_brought_on_and_its_points_kept_and_thinned() ->
     machine = (await Told(scene).upkeep(UpkeepClaim(kind=UpkeepKind.REPLICA, instance="one"))).machine
     assert machine is not None
 
-    async def round_(point_seconds: float) -> list[int]:
-        log = scene.builder.log
+    async def round_(point_seconds: int) -> list[int]:
+        log, policy = scene.builder.log, POLICY.model_copy(update={"replica_point_seconds": point_seconds})
         stored = {"stored_segment": scene.builder.number - 1, "stored_digest": scene.builder.previous.hex()}
-        await upkeep.bring_on(
-            log, machine.model_copy(update=stored), POLICY, clock=Waiting(scene), point_seconds=point_seconds
-        )
+        await upkeep.bring_on(log, machine.model_copy(update=stored), policy, clock=Waiting(scene))
         return [point.time_ns for point in await points_kept(log, log.store)]
 
     async def later(seconds: int) -> None:
