@@ -20,8 +20,6 @@ QUICK = {
     "gap_ends_early",
     "needed_segment_is_freed",
     "group_of_some",
-    "writers_are_not_held",
-    "news_are_refused",
 }
 
 
