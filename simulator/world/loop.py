@@ -32,6 +32,8 @@ from typing import Any, Final, Protocol
 
 #: A thread's work takes so long at least, in virtual seconds: nothing comes back in the same instant.
 _LEAST_SECONDS: Final = 1e-5
+#: So does every round of the loop; else whoever waits for a moment less than rounding away would wait for ever.
+ROUND_SECONDS: Final = 1e-9
 #: How many tasks a loop remembers before it looks which of them are done.
 _MOST_TASKS: Final = 2000
 
@@ -151,6 +153,7 @@ class VirtualLoop(base_events.BaseEventLoop):
     def _run_once(self) -> None:
         """Everything that is ready now; if nothing is, what comes next becomes it."""
         ready, timers = self._ready, self._timers  # type: ignore[attr-defined]
+        self._now += ROUND_SECONDS
         while timers and timers[0][2].cancelled():
             heappop(timers)
         if not ready:

@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,22 @@ def test_a_virtual_hour_takes_no_time() -> None:
     loop.run_until_complete(asyncio.sleep(3600))
     assert loop.time() >= 3600
     assert time.monotonic() - began < 30
+    loop.close()
+
+
+def test_time_passes_for_those_who_wait_for_less_than_a_float_can_say() -> None:
+    """A server with a deadline 1e-16 seconds ahead looked at the clock for ever (seed 2013 of that day)."""
+    loop = VirtualLoop(random.Random(1))
+
+    async def wait() -> None:
+        await asyncio.sleep(60)
+        deadline = loop.time() + 1e-13
+        while deadline > loop.time():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1e-17):
+                    await loop.create_future()
+
+    loop.run_until_complete(wait())
     loop.close()
 
 
