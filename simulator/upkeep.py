@@ -75,8 +75,8 @@ class Upkeep:
 
     async def look(self) -> None:
         """If something was freed since the last look: whether all that is kept still opens."""
-        freed, log = self._stage.ledger.freed, self._log()
-        if freed == self._freed or log is None:
+        freed = self._stage.ledger.freed
+        if freed == self._freed or (log := self._log()) is None:
             return
         with suppress(ReplicarError):  # the container is away; it is looked at again
             known = await open_index(log.store, log.machine_id, log.keys)
