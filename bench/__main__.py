@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench import capture, churn, datapath, fleet, limit, recovery, seed, simulator
+from bench import capture, churn, datapath, fleet, limit, recovery, seed, simulator, writes
 from bench.report import Report, show
 from replicar.errors import ReplicarError
 
@@ -33,12 +33,19 @@ def _limit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", type=int, help="zstd's level (the process server's default)")
 
 
+def _workload_option(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--workload", choices=writes.NAMES, default=default, help="where writes go (%(default)s)")
+
+
 def _datapath_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gib", type=float, default=datapath.DEFAULT_GIB, help="GiB of changes (%(default)s)")
     parser.add_argument(
         "--frame-kib", type=int, default=datapath.DEFAULT_FRAME_KIB, help="payload of a frame in KiB (%(default)s)"
     )
     parser.add_argument("--write-kib", type=int, default=datapath.DEFAULT_WRITE_KIB, help="KiB a write (%(default)s)")
+    parser.add_argument(
+        "--workload", choices=writes.NAMES, default=datapath.DEFAULT_WORKLOAD, help="where writes go (%(default)s)"
+    )
     parser.add_argument("--limit-mib", type=int, default=limit.DEFAULT_MIB, help="as --mib of limit (%(default)s)")
 
 
@@ -58,6 +65,9 @@ def _churn_options(parser: argparse.ArgumentParser) -> None:
         help="for each higher rate; 0 tries none (%(default)s)",
     )
     parser.add_argument("--disk-mib", type=int, default=churn.DEFAULT_DISK_MIB, help="MiB of the disk (%(default)s)")
+    parser.add_argument(
+        "--workload", choices=writes.NAMES, default=churn.DEFAULT_WORKLOAD, help="where writes go (%(default)s)"
+    )
 
 
 def _simulator_options(parser: argparse.ArgumentParser) -> None:

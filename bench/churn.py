@@ -1,8 +1,9 @@
-"""`churn`: small random writes on one machine through the whole path, and how old the oldest change not stored gets.
+"""`churn`: small writes on one machine through the whole path, and how old the oldest change not stored gets.
 
-Everything is the product's, each a process of its own: fio writes 8 KiB at random to the disk that a real agent serves
-over NBD; what it captures goes over TLS into a real process server, is sealed, and goes by HTTPS to the sink. 54 MB/s
-is what the product that this one replaces names as the most that it takes from a machine.
+Everything is the product's, each a process of its own: fio writes 8 KiB at random (the simulator's workload `uniform`,
+or another one that is named, see `writes`) to the disk that a real agent serves over NBD; what it captures goes over
+TLS into a real process server, is sealed, and goes by HTTPS to the sink. 54 MB/s is what the product that this one
+replaces names as the most that it takes from a machine.
 
     rpo_seconds_p99        over `seconds` at `mb_per_s`, sampled every 10 ms (see `rpo`)
     churn_mb_per_s_max     of a ladder of rates, each held for `step_seconds`, the highest that was held: fio got its
@@ -25,21 +26,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench import rpo
+from bench import rpo, writes
 from bench.datapath import SinkCluster
 from bench.limit import default_level
 from bench.measure import Moment, Window, cores
 from bench.report import Report
 from bench.rpo import Rpo
 from bench.sink import Sink, StoredSegment
+from bench.writes import fio_options
 from replicar.errors import PermanentError
 from simulator.cluster import MIB
+from simulator.workloads import Kind, Workload
 
 DEFAULT_MB_PER_S: Final = 54.0
 DEFAULT_SECONDS: Final = 20.0
 DEFAULT_STEP_SECONDS: Final = 6.0
 DEFAULT_DISK_MIB: Final = 1024
 BLOCK_BYTES: Final = 8 << 10
+DEFAULT_WORKLOAD: Final = Kind.UNIFORM.value
 DEPTH: Final = 16
 DISK: Final = "disk"
 #: The ladder: each step is so much more than the last, and there are at most so many.
@@ -76,8 +80,9 @@ class Step:
 class ChurnCluster(SinkCluster):
     """The whole product, with the sink for storage, which keeps a record."""
 
-    def __init__(self, directory: Path, level: int, disk_bytes: int) -> None:
+    def __init__(self, directory: Path, level: int, disk_bytes: int, workload: Workload) -> None:
         super().__init__(directory, level)
+        self.workload = workload
         self.sink = Sink(self.directory / "sink", recording=True)
         image = directory / "disk.img"
         with image.open("wb") as file:
@@ -115,19 +120,24 @@ def run(
     seconds: float = DEFAULT_SECONDS,
     step_seconds: float = DEFAULT_STEP_SECONDS,
     disk_mib: int = DEFAULT_DISK_MIB,
+    workload: str = DEFAULT_WORKLOAD,
     directory: Path | None = None,
 ) -> Report:
     """The benchmark. Nothing of it is left in `directory`, and nothing left running."""
     if mb_per_s <= 0 or seconds < 1 or step_seconds < 0 or disk_mib < 64:
         raise PermanentError("these figures make no churn", hint="a rate above 0, a second at least, 64 MiB at least")
+    chosen = writes.named(workload, BLOCK_BYTES)
     place, level = directory or Path(tempfile.gettempdir()), default_level()
     with tempfile.TemporaryDirectory(prefix="replicar-churn-", dir=place) as name:
-        figures, faults = asyncio.run(_churn(Path(name), level, disk_mib * MIB, mb_per_s, seconds, step_seconds))
+        figures, faults = asyncio.run(
+            _churn(lambda: ChurnCluster(Path(name), level, disk_mib * MIB, chosen), mb_per_s, seconds, step_seconds)
+        )
     parameters = {
         "mb_per_s": mb_per_s,
         "seconds": seconds,
         "step_seconds": step_seconds,
         "disk_mib": disk_mib,
+        "workload": workload,
         "block_bytes": BLOCK_BYTES,
         "depth": DEPTH,
         "level": level,
@@ -143,10 +153,10 @@ def run(
 
 
 async def _churn(
-    directory: Path, level: int, disk_bytes: int, mb_per_s: float, seconds: float, step_seconds: float
+    make: Callable[[], ChurnCluster], mb_per_s: float, seconds: float, step_seconds: float
 ) -> tuple[dict[str, Any], list[str]]:
     faults: list[str] = []
-    async with ChurnCluster(directory, level, disk_bytes) as cluster:
+    async with make() as cluster:
         await cluster.protect()
         at_rate, window = await _measured(cluster, mb_per_s, seconds)
         steps: list[Step] = []
@@ -184,9 +194,9 @@ async def _hold(cluster: ChurnCluster, mb_per_s: float, seconds: float) -> Step:
     """Write at a rate for a while, then wait until all of it is stored."""
     socket = cluster.nbd(DISK)
     command = [
-        *("fio", "--name=churn", "--ioengine=nbd", f"--uri=nbd+unix:///{DISK}?socket={socket}", "--rw=randwrite"),
-        *(f"--bs={BLOCK_BYTES}", f"--iodepth={DEPTH}", "--time_based", f"--runtime={seconds:g}", "--randrepeat=0"),
-        *("--norandommap", f"--rate_iops={round(mb_per_s * 1e6 / BLOCK_BYTES)}", "--output-format=json"),
+        *("fio", "--name=churn", "--ioengine=nbd", f"--uri=nbd+unix:///{DISK}?socket={socket}"),
+        *(*fio_options(cluster.workload), f"--iodepth={DEPTH}", "--time_based", f"--runtime={seconds:g}"),
+        *("--randrepeat=0", f"--rate_iops={round(mb_per_s * 1e6 / BLOCK_BYTES)}", "--output-format=json"),
         *("--refill_buffers", "--buffer_compress_percentage=50"),
     ]
     began = time.time_ns()

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from bench import data as content, limit as limits
+from bench import data as content, limit as limits, writes
 from bench.datapath_agent import TRANSFER_SECONDS
 from bench.limit import Limit
 from bench.measure import GB, Cpu, cores, peak_memory_bytes
@@ -42,11 +42,13 @@ from replicar.errors import PermanentError
 from replicar.memory import keep_memory
 from simulator.child import Child
 from simulator.cluster import MIB, READY_SECONDS, Cluster
+from simulator.workloads import Kind
 
 DEFAULT_GIB: Final = 2.0
 #: As capture seals them for a sender that is behind, which is what a full log is.
 DEFAULT_FRAME_KIB: Final = SEAL_BYTES >> 10
 DEFAULT_WRITE_KIB: Final = 4
+DEFAULT_WORKLOAD: Final = Kind.SEQUENTIAL.value
 CACHE_BYTES: Final = 1024 * MIB
 #: Filling the log comes before the transfer.
 FILL_SECONDS: Final = 300.0
@@ -133,6 +135,7 @@ def run(
     gib: float = DEFAULT_GIB,
     frame_kib: int = DEFAULT_FRAME_KIB,
     write_kib: int = DEFAULT_WRITE_KIB,
+    workload: str = DEFAULT_WORKLOAD,
     limit_mib: int = limits.DEFAULT_MIB,
     directory: Path | None = None,
 ) -> Report:
@@ -144,12 +147,14 @@ def run(
     before = limits.measure_once(place, mib=limit_mib, level=level)
     with tempfile.TemporaryDirectory(prefix="replicar-datapath-", dir=place) as name:
         arguments = ["--bytes", str(int(gib * (1 << 30))), "--frame-kib", str(frame_kib), "--write-kib", str(write_kib)]
+        arguments += ["--workload", writes.named(workload, write_kib << 10).kind]
         measured = asyncio.run(_path(Path(name), level, arguments))
     after = limits.measure_once(place, mib=limit_mib, level=level)
     parameters = {
         "gib": gib,
         "frame_kib": frame_kib,
         "write_kib": write_kib,
+        "workload": workload,
         "limit_mib": limit_mib,
         "level": level,
         "seed": content.SEED,

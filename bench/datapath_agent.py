@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import uvloop
 
-from bench import data as content
+from bench import data as content, writes
 from bench.measure import Moment, Window
 from mobility_agent.changelog import FRAME_ROOM, RECORD_ROOM, ChangeLog
 from mobility_agent.metrics import Metrics
@@ -37,6 +37,7 @@ from replicar.errors import LimitError, TransientError
 from replicar.formats import record
 from replicar.formats.frame import Flag, Kind
 from replicar.nbd.protocol import REQUEST, REQUEST_MAGIC, Command
+from simulator.workloads import Workload
 
 FILE_BYTES: Final = 64 << 20
 #: Of distinct data; the rest is it again.
@@ -97,28 +98,33 @@ class _Stopwatch(Metrics):
             self.done.set()
 
 
-def fill(log: ChangeLog, *, total_bytes: int, frame_bytes: int, write_bytes: int) -> int:
-    """Write so much, in frames of so much; what was written."""
+def fill(log: ChangeLog, workload: Workload, *, total_bytes: int, frame_bytes: int) -> int:
+    """Write so much, in frames of so much, where the workload says; what was written."""
+    (write_bytes,) = workload.block_bytes
     log.append_record(Kind.DISK, record.Disk(0, DISK, total_bytes))
     log.append_record(Kind.GAP, record.Gap("initial replication"), flags=Flag.GAP_BEGIN)
     log.append_record(Kind.GAP, record.Gap("a benchmark has nothing to copy"), flags=Flag.GAP_END)
     writer = _Writer(log)
     data = content.mixed(min(DATA_BYTES, -(-total_bytes // content.MIB) * content.MIB))
-    places = range(0, total_bytes // write_bytes * write_bytes, write_bytes)
-    writes = iter([(place, data[place % len(data) :][:write_bytes]) for place in places])
-    left = len(places)
+    count = total_bytes // write_bytes
+    places = writes.places(workload, count * write_bytes, count)
+    made = iter(
+        [(place, data[number * write_bytes % len(data) :][:write_bytes]) for number, place in enumerate(places)]
+    )
+    left = count
     while left:
-        count = min(left, frame_bytes // write_bytes)
-        writer.write_frame(writes, count)
-        left -= count
-    return len(places) * write_bytes
+        some = min(left, frame_bytes // write_bytes)
+        writer.write_frame(made, some)
+        left -= some
+    return count * write_bytes
 
 
 async def run(options: argparse.Namespace) -> dict[str, Any]:
     """Fill the log, send it, say what that took."""
     state = StateDirectory(options.directory)
     identity = Identity.load(state.identity)
-    total, frame_bytes, write_bytes = options.bytes, options.frame_kib << 10, options.write_kib << 10
+    total, frame_bytes = options.bytes, options.frame_kib << 10
+    workload = writes.named(options.workload, options.write_kib << 10)
     log = ChangeLog(
         state.log,
         identity.id,
@@ -130,7 +136,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         file_bytes=FILE_BYTES,
     )
     try:
-        written = fill(log, total_bytes=total, frame_bytes=frame_bytes, write_bytes=write_bytes)
+        written = fill(log, workload, total_bytes=total, frame_bytes=frame_bytes)
         held = log.used_bytes
         await log.sync()
         processes = {name: int(number) for name, _, number in (each.partition("=") for each in options.process)}
@@ -184,6 +190,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, required=True, help="of writes")
     parser.add_argument("--frame-kib", type=int, required=True)
     parser.add_argument("--write-kib", type=int, required=True)
+    parser.add_argument("--workload", choices=writes.NAMES, required=True)
     parser.add_argument("process", nargs="*", help="NAME=PID of each other process in the path")
     options = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

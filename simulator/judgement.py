@@ -80,6 +80,8 @@ async def settle(stage: Stage) -> None:
 
 
 def _at_rest(stage: Stage) -> bool:
+    if stage.neighbour is not None and not stage.neighbour.at_rest():
+        return False
     core = stage.core
     if core is None or stage.agent is None or not stage.agent.process.alive:
         return False

@@ -10,7 +10,7 @@ from config_server import machines, parties, upkeep
 from config_server.registry import Registry
 from config_server.vault import REGISTRY_FILE, Vault
 from replicar.control.keys import key_number
-from replicar.control.messages import Retention
+from replicar.control.messages import GroupPoint, Retention
 from replicar.errors import PermanentError
 from simulator.world import cast
 from simulator.world.world import World
@@ -39,6 +39,15 @@ def retention(world: World, machine_id: uuid.UUID) -> Retention | None:
     """What is left of the machine's past, as far as somebody told it; None: nobody said that anything was given up."""
     with _registry(world) as registry:
         return registry.run(lambda connection: upkeep.retention_of(connection, machine_id))
+
+
+def group_points(world: World) -> list[GroupPoint]:
+    """The groups that are points."""
+    with _registry(world) as registry:
+        rows = registry.run(
+            lambda connection: connection.execute("SELECT point FROM group_points ORDER BY id").fetchall()
+        )
+    return [GroupPoint.from_json(row["point"].encode()) for row in rows]
 
 
 @contextmanager

@@ -109,6 +109,9 @@ async def _tell(stage: Stage) -> int:
         telling.append(asyncio.ensure_future(_at(WRITE_SECONDS, _write(stage))))
         for number, at in enumerate(story.marks):
             telling.append(asyncio.ensure_future(_at(at, stage.ask_for_mark(f"mark-{number}"))))
+        if stage.neighbour is not None:
+            for number, at in enumerate(stage.neighbour.plan.marks):
+                telling.append(asyncio.ensure_future(_at(at, stage.neighbour.ask(f"group-{number}"))))
         watching = asyncio.ensure_future(watch(stage))
         await asyncio.sleep(story.seconds)
         done, late = await asyncio.wait(telling, timeout=REST_SECONDS)
@@ -123,7 +126,8 @@ async def _tell(stage: Stage) -> int:
         if stage.upkeep is not None:
             await stage.upkeep.rest()
         with remembering():
-            return await judge(stage)
+            together = await stage.neighbour.judge() if stage.neighbour is not None else 0
+            return together + await judge(stage)
 
 
 async def _at(seconds: float, what: Any) -> None:
@@ -137,6 +141,8 @@ async def _protect(stage: Stage) -> None:
 
 async def _write(stage: Stage) -> None:
     stage.start_application()
+    if stage.neighbour is not None:
+        stage.neighbour.start_application()
 
 
 async def _rest(stage: Stage) -> None:
@@ -147,7 +153,8 @@ async def _rest(stage: Stage) -> None:
     while stage.world.loop.time() - began < REST_SECONDS:
         for application in stage.applications.values():
             application.is_writing = False
-        if not any(truth._in_flight for truth in stage.truths.values()):
+        is_done = stage.neighbour is None or stage.neighbour.stop_writing()
+        if is_done and not any(truth._in_flight for truth in stage.truths.values()):
             break
         await asyncio.sleep(0.2)
     stage.is_writing = False

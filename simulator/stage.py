@@ -23,6 +23,7 @@ from replicar.control.identity import Identity
 from replicar.errors import ReplicarError
 from simulator import registered
 from simulator.faults.catalogue import CATALOGUE, Fault
+from simulator.neighbour import Neighbour
 from simulator.story import DiskPlan, Story
 from simulator.upkeep import Upkeep
 from simulator.workload import SECTOR_BYTES
@@ -33,7 +34,7 @@ from simulator.world.calls import Device
 from simulator.world.control import ControlService
 from simulator.world.files import PAGE
 from simulator.world.ledger import Ledger, WatchedStore
-from simulator.world.processes import Process, described
+from simulator.world.processes import Process, current, described
 from simulator.world.replaced import replaced
 from simulator.world.truth import Truth, make
 from simulator.world.world import World
@@ -77,6 +78,7 @@ class Stage:
         for disk in story.disks:
             self._make_disk(disk)
         self.upkeep = Upkeep(self) if story.upkeep is not None else None
+        self.neighbour = Neighbour(self) if story.group is not None else None
 
     # --- what the truth asks ---
 
@@ -113,6 +115,8 @@ class Stage:
         self._start_agent()
         if self.upkeep is not None:
             self.upkeep.start()
+        if self.neighbour is not None:
+            self.neighbour.start()
 
     def server_process(self, name: str) -> Process | None:
         found = self._servers.get(name)
@@ -201,11 +205,11 @@ class Stage:
 
         return self.world.start(cast.CONFIG_SERVER, name, main)
 
-    async def protect(self, client: ControlClient) -> None:
-        """Protect the machine; as often as it takes."""
+    async def protect(self, client: ControlClient, machine: str = cast.MACHINES[0]) -> None:
+        """Protect a machine; as often as it takes."""
         while True:
             try:
-                await client.protect(self.machine)
+                await client.protect(machine)
             except ReplicarError:
                 await asyncio.sleep(0.5)
             else:
@@ -337,13 +341,16 @@ class Stage:
         self.world.machines[self.machine].files.put(
             path, disk.size_bytes, {at // PAGE: content[at : at + PAGE] for at in range(0, len(content), PAGE)}
         )
-        self.truths[disk.name] = Truth(self.story.seed, content)
+        self.truths[disk.name] = Truth(self.story.seed, content, self.world.loop.time)
 
     @asynccontextmanager
     async def observed(self, *args: Any, **options: Any) -> AsyncIterator[Core]:
         """`open_core`, with the stage looking on."""
         async with open_core(*args, **options) as opened:
-            self._opened(opened)
+            if self.neighbour is not None and (process := current()) and process.machine.name == self.neighbour.machine:
+                self.neighbour.opened(opened)
+            else:
+                self._opened(opened)
             yield opened
 
     def _opened(self, opened: Core) -> None:

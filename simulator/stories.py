@@ -17,6 +17,7 @@ from typing import Any
 
 from replicar.errors import PermanentError
 from simulator.faults.catalogue import CATALOGUE, Fault
+from simulator.neighbour import GroupPlan
 from simulator.story import DiskPlan, Story
 from simulator.traces import record
 from simulator.traces.replay import Replay
@@ -71,8 +72,13 @@ def _story(data: dict[str, Any]) -> Story:
         server=ServerPlan(**data["server"]),
         marks=tuple(data["marks"]),
         faults=faults,
+        group=_group(data.get("group")),
         upkeep=UpkeepPlan(**data["upkeep"]) if data.get("upkeep") else None,
     )
+
+
+def _group(data: dict[str, Any] | None) -> GroupPlan | None:
+    return GroupPlan(**{**data, "marks": tuple(data["marks"])}) if data else None
 
 
 def _disk(data: dict[str, Any]) -> DiskPlan:
@@ -81,6 +87,7 @@ def _disk(data: dict[str, Any]) -> DiskPlan:
 
 def _workload(data: dict[str, Any]) -> Workload | Replay:
     if "records" not in data:
-        return Workload(**{**data, "kind": Kind(data["kind"])})
+        sizes = tuple(data.get("block_bytes", ()))
+        return Workload(**{**data, "kind": Kind(data["kind"]), "block_bytes": sizes})
     records = tuple(record.Record(**{**each, "kind": record.Kind(each["kind"])}) for each in data["records"])
     return Replay(**{**data, "records": records})

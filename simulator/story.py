@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from simulator.faults.catalogue import CATALOGUE, Fault, kinds_of
+from simulator.neighbour import GroupPlan
 from simulator.traces.replay import Replay
 from simulator.workloads import Kind, Workload
 from simulator.world.folder import UpkeepPlan
@@ -23,9 +24,10 @@ STORY_SECONDS: Final = 60.0
 FIRST_FAULT_SECONDS: Final = 2.0
 LEAST_FAULTS: Final = 10
 MOST_FAULTS: Final = 16
-#: Of stories: how many have somebody keep the log up, or parts of other versions; and how many faults of these at most
-#: come on top.
+#: Of stories: how many have somebody keep the log up, a second machine, or parts of other versions; and how many
+#: faults of these at most come on top.
 UPKEEP_SHARE: Final = 0.3
+GROUP_SHARE: Final = 0.2
 VERSIONS_SHARE: Final = 0.2
 MORE_FAULTS: Final = 3
 _KIB: Final = 1024
@@ -43,7 +45,8 @@ class DiskPlan:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """See the module. `marks` are when the operator asks for a point; `upkeep`: how the log is folded, if it is."""
+    """See the module. `marks` are when the operator asks for a point; `upkeep`: how the log is folded, if it is;
+    `group`: when points of two machines are asked for, if there is a second one."""
 
     seed: int
     seconds: float
@@ -53,6 +56,7 @@ class Story:
     marks: tuple[float, ...]
     faults: tuple[Fault, ...]
     upkeep: UpkeepPlan | None = None
+    group: GroupPlan | None = None
 
     def without(self, faults: tuple[Fault, ...]) -> Story:
         """The same story with these faults only."""
@@ -65,6 +69,8 @@ class Story:
         lines = [f"seed {self.seed}: {disks}; {len(self.faults)} faults in {self.seconds:g} s"]
         if self.upkeep is not None:
             lines.append(f"  folded{' by a worker and by hand' if self.upkeep.by_hand else ' by a worker'}")
+        if self.group is not None:
+            lines.append(f"  points with a second machine at {', '.join(f'{at:.1f}' for at in self.group.marks)} s")
         lines += [f"  {fault}" for fault in self.faults]
         return "\n".join(lines)
 
@@ -99,8 +105,10 @@ def story_of(seed: int, *, kinds: tuple[str, ...] | None = None, workload: Workl
     faults = _faults(draw, kinds or kinds_of())
     story = Story(seed, STORY_SECONDS, disks, agent, server, marks, faults)
     if kinds is not None:
-        return replace(story, upkeep=_upkeep(seed)) if set(kinds) & set(kinds_of("upkeep")) else story
-    return _with_versions(_kept_up(story))
+        upkeep = _upkeep(seed) if set(kinds) & set(kinds_of("upkeep")) else None
+        group = _group(seed) if set(kinds) & set(kinds_of("group")) else None
+        return replace(story, upkeep=upkeep, group=group)
+    return _with_versions(_in_a_group(_kept_up(story)))
 
 
 def _kept_up(story: Story) -> Story:
@@ -111,6 +119,15 @@ def _kept_up(story: Story) -> Story:
     marks = [draw.uniform(3.0, STORY_SECONDS - 10.0) for _ in range(draw.randint(2, 6))]
     story = replace(story, upkeep=_upkeep(story.seed), marks=tuple(sorted((*story.marks, *marks))))
     return _with_more(story, draw, kinds_of("upkeep"), draw.randint(0, MORE_FAULTS))
+
+
+def _in_a_group(story: Story) -> Story:
+    """The story with a second machine, if it has any and nothing is folded; likewise."""
+    draw = random.Random(f"{story.seed} in a group")
+    if story.upkeep is not None or draw.random() >= GROUP_SHARE:
+        return story
+    story = replace(story, group=_group(story.seed))
+    return _with_more(story, draw, kinds_of("group"), draw.randint(0, MORE_FAULTS))
 
 
 def _with_versions(story: Story) -> Story:
@@ -125,6 +142,15 @@ def _with_more(story: Story, draw: random.Random, kinds: tuple[str, ...], count:
     first = 1 + max(fault.number for fault in story.faults)
     more = [_fault(draw, draw.choice(kinds), first + number) for number in range(count)]
     return replace(story, faults=tuple(sorted((*story.faults, *more), key=lambda fault: fault.at)))
+
+
+def _group(seed: int) -> GroupPlan:
+    draw = random.Random(f"{seed} group")
+    return GroupPlan(
+        marks=tuple(sorted(draw.uniform(4.0, STORY_SECONDS) for _ in range(draw.randint(2, 5)))),
+        hold_seconds=draw.choice((0.5, 2.0, 5.0, 10.0)),
+        rate=draw.choice((1.0, 3.0, 8.0)),
+    )
 
 
 def _upkeep(seed: int) -> UpkeepPlan:

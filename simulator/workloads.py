@@ -13,7 +13,8 @@ benchmarks and the tests on real processes choose from:
     quiet         a write now and then
 
 A `Workload` is a kind and a few numbers, so a story can be written down; `operations` gives what is done with the
-second at which it is due. The rate is not even: it comes in phases, some of them busy, some idle.
+second at which it is due. The rate is not even: it comes in phases, some of them busy, some idle. Where the rate is
+somebody else's (`workload.paced`, fio's), or only a part of a disk may be touched, `on` gives the operations alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from enum import StrEnum
 from typing import Final
 
 from simulator import workload
-from simulator.workload import SECTOR_BYTES, Action, Extent, Operation, Space, whole_disk
+from simulator.workload import SECTOR_BYTES, Action, Operation, Space, whole_disk
 
 #: How long a phase of one rate lasts, in seconds: between these.
 PHASE_SECONDS: Final = (1.0, 12.0)
@@ -45,6 +46,10 @@ class Kind(StrEnum):
     QUIET = "quiet"
 
 
+#: Kinds whose writes are all alike, so that somebody may choose their size.
+STEADY: Final = frozenset({Kind.SEQUENTIAL, Kind.UNIFORM, Kind.ZIPF})
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What one disk's application does.
@@ -53,29 +58,47 @@ class Workload:
         rate: operations a second in the mean, while it is not idle.
         flush_share: of operations that a flush follows, where the kind has none of its own.
         trim_share: of operations that are trims or zeroings instead, where the kind has none of its own.
+        block_bytes: sizes of writes, each as likely, instead of the kind's own; for `STEADY` kinds.
+
+    Raises:
+        ValueError: sizes for a kind that has its own.
     """
 
     kind: Kind
     rate: float = 8.0
     flush_share: float = 0.05
     trim_share: float = 0.03
+    block_bytes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = len(self.block_bytes)
+        if sizes and (self.kind not in STEADY or (sizes > 1 and self.kind is not Kind.UNIFORM)):
+            raise ValueError(f"writes of {self.kind} have sizes of their own")
 
     def operations(self, size_bytes: int, randomness: random.Random) -> Iterator[tuple[float, Operation]]:
         """What to do with a disk of that size, each with the second, counted from the start, at which it is due."""
         return _in_phases(
-            self._seasoned(self._pattern(whole_disk(size_bytes), randomness), size_bytes, randomness),
+            self._seasoned(self.on(whole_disk(size_bytes), randomness), size_bytes, randomness),
             self.rate,
             randomness,
         )
 
-    def _pattern(self, space: Space, randomness: random.Random) -> Iterator[Operation]:
+    def on(self, space: Space, randomness: random.Random, *, log: Space | None = None) -> Iterator[Operation]:
+        """The kind's operations in a space, one after the other without an end.
+
+        Args:
+            log: where a database appends; without it, in the first eighth of the space.
+        """
+        sizes = self.block_bytes
         match self.kind:
+            case Kind.OLTP if log is not None:
+                return workload.oltp(space, log, randomness)
             case Kind.OLTP:
                 log_bytes = max(space.length // 8 // SECTOR_BYTES, 64) * SECTOR_BYTES
-                log = Space([Extent(0, log_bytes)])
-                return workload.oltp(Space([Extent(log_bytes, space.length - log_bytes)]), log, randomness)
+                tables = Space(list(space.places(log_bytes, space.length - log_bytes)))
+                return workload.oltp(tables, Space(list(space.places(0, log_bytes))), randomness)
             case Kind.SEQUENTIAL:
-                return workload.sequential(space, block_bytes=64 * _KIB)
+                return workload.sequential(space, *(sizes or (64 * _KIB,)))
             case Kind.BOOT_STORM:
                 return boot_storm(space, randomness)
             case Kind.FILE_SERVER:
@@ -83,9 +106,9 @@ class Workload:
             case Kind.LOG_APPEND:
                 return workload.log_append(space, randomness)
             case Kind.UNIFORM:
-                return workload.uniform(space, randomness, (512, 4096, 4096, 16 * _KIB))
+                return workload.uniform(space, randomness, sizes or (512, 4096, 4096, 16 * _KIB))
             case Kind.ZIPF:
-                return workload.zipf(space, randomness, block_bytes=4096)
+                return workload.zipf(space, randomness, *(sizes or (4096,)))
             case Kind.QUIET:
                 return workload.uniform(space, randomness, (512, 4096))
 

@@ -233,7 +233,12 @@ class AzureCompute:
         return True
 
     async def deallocate(self, name: str) -> None:
-        """Have the machine off for certain, and its disks still: when this returns nothing writes to them."""
+        """Have the machine off for certain, and its disks still: when this returns nothing writes to them.
+
+        One that somebody has deleted is off; its disks may be there.
+        """
+        if await self._machine(name) is None:
+            return
         async with said(f"deallocate {name}"):
             await (await self._compute.virtual_machines.begin_deallocate(self._target.resource_group, name)).result()
 

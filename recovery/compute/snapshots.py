@@ -68,7 +68,7 @@ class Snapshots:
         """Have a snapshot of the disk; one that is there is left as it is."""
         name = _name(disk, moment)
         async with said(f"take the snapshot {name}"):
-            if await self._find(name) is None:
+            if not await self.is_there(disk, moment):
                 begun = await self._client.snapshots.begin_create_or_update(
                     self._group, name, _snapshot(disk, self._location, {**tags, TAG: machine})
                 )
@@ -81,7 +81,9 @@ class Snapshots:
             )
 
     async def is_there(self, disk: ManagedDisk, moment: Moment) -> bool:
-        return await self._find(_name(disk, moment)) is not None
+        """Whether there is such a snapshot, and complete: of one that failed nothing can be read."""
+        found = await self._find(_name(disk, moment))
+        return found is not None and found.properties.provisioning_state == "Succeeded"
 
     @asynccontextmanager
     async def link(self, disk: ManagedDisk, moment: Moment) -> AsyncIterator[str]:
@@ -97,8 +99,8 @@ class Snapshots:
 
     async def delete(self, disk: ManagedDisk, moment: Moment) -> None:
         """Have no such snapshot."""
-        if await self.is_there(disk, moment):
-            await self._delete(_name(disk, moment))
+        if await self._find(name := _name(disk, moment)) is not None:
+            await self._delete(name)
 
     async def remove(self, machine: str) -> None:
         """Have none of the machine, whatever became of its disks."""

@@ -10,8 +10,11 @@ which it goes finds its copy refused, and makes its disks from the log.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
 from recovery.chunks import MachineLog
 from recovery.pins import pinned_sequences
@@ -19,8 +22,11 @@ from recovery.replica.fenced import FencedBlob
 from recovery.replica.points import read_snapshot_info
 from recovery.replica.warm import journal_name, prefix
 from replicar.clock import Clock
-from replicar.errors import FencedError, PermanentError
-from replicar.storage.store import BlobInfo, is_missing
+from replicar.errors import FencedError, PermanentError, TransientError
+from replicar.storage.store import BlobInfo, PageBlobStore, is_gone
+
+#: Rounds of listing and deleting a replica that is destroyed.
+ROUNDS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,27 @@ def plan_removal(
     return RemovalPlan(
         snapshots=tuple(sorted((each.name, each.snapshot or "") for each in there)),
         blobs=tuple(sorted((each.name for each in blobs), key=lambda name: (name != journal, name))),
+    )
+
+
+async def destroy_replica(store: PageBlobStore, machine_id: uuid.UUID) -> int:
+    """Have nothing left of a replica, whoever reads it or brings it on: its machine is destroyed. How many blobs went.
+
+    Raises:
+        TransientError: blobs keep appearing, or storage is away; do it again.
+    """
+    where, count = prefix(MachineLog(store, machine_id, {})), 0
+    for _ in range(ROUNDS):
+        if not (blobs := await store.list(where)):
+            return count
+        for info in blobs:
+            with suppress(FencedError):  # whoever took it back is met by the next round
+                await (await FencedBlob.take(store, info.name)).delete()
+                count += 1
+    raise TransientError(
+        f"blobs of the replica of machine {machine_id} keep appearing while they are destroyed",
+        hint="see that no worker brings it on any more, and do it again",
+        machine_id=str(machine_id),
     )
 
 
@@ -74,6 +101,6 @@ async def remove_replica(log: MachineLog, *, clock: Clock) -> RemovalPlan:
             blob = held if held is not None and name == journal else await FencedBlob.take(store, name)
             await blob.delete()
         except PermanentError as error:
-            if not is_missing(error):
+            if not is_gone(error):
                 raise
     return plan

@@ -73,7 +73,7 @@ class AzureHands:
 
     name = "azure"
     is_local = False
-    reads = SEEING | {"firmware", "system"}
+    reads = SEEING | {"firmware", "system", "replica"}
 
     def __init__(
         self,
@@ -102,6 +102,8 @@ class AzureHands:
         if missing := [name for name in AZURE_NEEDS if not getattr(self._target, name)]:
             hint = f"`replicar target set {job.machine} --help`"
             return (Finding(f"the target settings of {job.machine} do not say {', '.join(missing)}", hint),)
+        if job.parameters.options.get("replica", "use") not in ("use", "leave"):
+            return (Finding("the option replica is use or leave", "leave it out to use a warm replica"),)
         found = []
         if (account := account_of(self._settings.disks)) != self._target.storage_account:
             found.append(
@@ -130,7 +132,7 @@ class AzureHands:
             store = await stack.enter_async_context(open_store(self._settings.disks, clock=self._clock))
             await store.ensure_container()
             await stack.enter_async_context(holding(view.log, view.state, clock=self._clock, random=os.urandom))
-            basis = await self._basis(view, stack)
+            basis = await self._basis(job, view, stack)
             for number, disk in enumerate(view.disks):
                 name = blob_name(made, number, disk)
                 if not await is_whole(store, name, vhd.virtual_bytes(disk.size_bytes)):
@@ -140,10 +142,10 @@ class AzureHands:
                 progress(done, total)
         return "; ".join(said)
 
-    async def _basis(self, view: View, stack: AsyncExitStack) -> Basis | None:
+    async def _basis(self, job: Job, view: View, stack: AsyncExitStack) -> Basis | None:
         """What the disks can be made from; a replica in another account is none: the service copies within one."""
-        logs = self._logs
-        if logs is None or logs.access().url != self._settings.disks.access().url:
+        logs, is_asked = self._logs, job.parameters.options.get("replica", "use") == "use"
+        if not is_asked or logs is None or logs.access().url != self._settings.disks.access().url:
             return None
         return await find_basis(view, stack, clock=self._clock, random_bytes=os.urandom)
 

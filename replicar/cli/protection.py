@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from recovery.replica.removal import destroy_replica
 from replicar.cli.console import Json, Machine, SettingsFile, Telling, run
 from replicar.cli.settings import load_settings
 from replicar.control.client import ControlClient
@@ -66,7 +67,7 @@ def remove(
 
     With --destroy-keys nothing can be recovered any more, from no point and by nobody: its data keys are destroyed in
     the config server's registry and its process server, the headers that carry them in storage are overwritten, and its
-    blobs deleted. An interrupted one is finished by doing it again.
+    blobs deleted, those of a warm replica too. An interrupted one is finished by doing it again.
     """
     if destroy_keys and confirm != machine:
         raise typer.BadParameter(f"--destroy-keys is for good: add --confirm {machine}")
@@ -82,6 +83,7 @@ def remove(
             if target is not None:
                 async with open_store(target) as store:
                     blobs = await headers.destroy(store, found.id, found.epoch)
+                    blobs += await destroy_replica(store, found.id)
                 found = await control.destroy_keys(machine)
         data = {**found.model_dump(mode="json"), "keys_destroyed": destroy_keys, "blobs_deleted": blobs}
         telling.result(data, lambda console: _show_removed(console, machine, blobs))
@@ -96,7 +98,8 @@ def _show_removed(console: Console, machine: str, blobs: int | None) -> None:
         return
     console.print(f"Its data keys are destroyed and {blobs} blobs deleted: no point of it can be recovered any more.")
     console.print(
-        "Not reached: snapshots, versions and soft-deleted copies that the storage account keeps of blobs (they hold "
+        "Not reached: disks that drills and failovers have made; "
+        "snapshots, versions and soft-deleted copies that the storage account keeps of blobs (they hold "
         "wrapped keys, which are useless once the vault's key is rotated, `replicar rewrap` has run and the former key "
         "is forgotten), backups of the vault's directory, and plain data in the agent's change log and the process "
         "server's cache until they are overwritten."

@@ -48,6 +48,7 @@ from replicar.storage.store import (
     CopySource,
     Pages,
     Ranges,
+    is_gone,
     is_missing,
     merge_ranges,
 )
@@ -277,7 +278,7 @@ class AzureBlobStore:
         try:
             there = await self._ask(doing, name, self._blob(name).get_blob_properties())
         except PermanentError as error:
-            if not is_missing(error):
+            if not is_gone(error):
                 raise
             call = self._blob(name).start_copy_from_url(
                 self._link(source), metadata={COPY_OF: str(source)}, match_condition=MatchConditions.IfMissing

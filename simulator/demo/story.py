@@ -27,7 +27,8 @@ from simulator.demo.report import Proof, Report
 from simulator.disk_image import DiskImage
 from simulator.oracle import LATEST_NS, Oracle
 from simulator.recovered import Verdict
-from simulator.workload import Operation, Space, oltp, paced
+from simulator.workload import Operation, Space, paced
+from simulator.workloads import Kind, Workload
 
 DISK: Final = "root"
 NAMED: Final = "before-the-crash"
@@ -258,7 +259,8 @@ def _workload(image: DiskImage, plan: Plan) -> Iterator[tuple[float, Operation]]
     *tables, log = image.database_extents().values()
     space = Space([extent for extents in tables for extent in extents])
     randomness = random.Random(plan.seed)
-    return paced(oltp(space, Space(log), randomness), bytes_per_second=plan.churn_bytes_per_second)
+    operations = Workload(Kind.OLTP).on(space, randomness, log=Space(log))
+    return paced(operations, bytes_per_second=plan.churn_bytes_per_second)
 
 
 async def _in_turn(*steps: Callable[[], Awaitable[None]]) -> None:

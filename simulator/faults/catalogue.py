@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from simulator.faults import control, deaths, disks, links, storage, upkeep, versions
+from simulator.faults import control, deaths, disks, links, neighbours, storage, upkeep, versions
 
 if TYPE_CHECKING:
     from simulator.stage import Stage
@@ -83,6 +83,9 @@ CATALOGUE: Final[Mapping[str, Kind]] = {
     "folder_cut_off": Kind(upkeep.folder_cut_off, 2.0, 20.0, of="upkeep"),
     "folder_former": Kind(versions.folder_former, 3.0, 20.0, of="upkeep"),
     "folder_newer": Kind(versions.folder_newer, 8.0, 25.0, of="upkeep"),
+    "neighbour_killed": Kind(neighbours.neighbour_killed, of="group"),
+    "group_slow": Kind(neighbours.group_slow, 5.0, 20.0, of="group"),
+    "group_cut_off": Kind(neighbours.group_cut_off, 0.2, 8.0, of="group"),
     "agent_newer": Kind(versions.agent_newer, 2.0, 20.0, of="versions"),
     "agent_foreign": Kind(versions.agent_foreign, 2.0, 15.0, of="versions"),
     "server_newer": Kind(versions.server_newer, 2.0, 20.0, of="versions"),
@@ -91,5 +94,5 @@ CATALOGUE: Final[Mapping[str, Kind]] = {
 
 
 def kinds_of(part: str = "") -> tuple[str, ...]:
-    """The kinds that every story may have, or those of a part that only some have: upkeep, versions."""
+    """The kinds that every story may have, or those of a part that only some have: upkeep, group, versions."""
     return tuple(name for name, kind in CATALOGUE.items() if kind.of == part)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from simulator.planted import agent, recovery, server, stream, upkeep
+from simulator.planted import agent, group, recovery, server, stream, upkeep
 from simulator.story import Story, story_of
 from simulator.workloads import Kind, Workload
 from simulator.world.replaced import replaced
@@ -39,6 +39,8 @@ class Bug:
 
 #: More than a change log holds, while nothing goes out.
 _HEAVY: Final = Workload(Kind.SEQUENTIAL, rate=8.0)
+#: Writes all the time.
+_BUSY: Final = Workload(Kind.UNIFORM, rate=8.0)
 #: Nothing is made durable but by the kernel, as it likes.
 _LAZY: Final = Workload(Kind.UNIFORM, rate=3.0, flush_share=0.0)
 
@@ -66,6 +68,8 @@ PLANTED: Final[Mapping[str, Bug]] = {
     "points_in_gaps": _bug(recovery.points_in_gaps, "machine_power", "write_errors"),
     "needed_segment_is_freed": _bug(upkeep.needed_segment_is_freed, "folder_killed", "server_killed"),
     "past_ages_by_the_clock": _bug(upkeep.past_ages_by_the_clock, "folder_killed", "clock_jumps"),
+    "writers_are_not_held": _bug(group.writers_are_not_held, "group_slow", workload=_BUSY),
+    "group_of_some": _bug(group.group_of_some, "group_cut_off", "neighbour_killed"),
     "news_are_refused": _bug(stream.news_are_refused, "agent_newer", "server_newer"),
     "newest_write_loses": _bug(recovery.newest_write_loses, "link_reset"),
 }

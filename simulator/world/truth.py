@@ -20,7 +20,7 @@ or damage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -48,6 +48,8 @@ class Change:
     number: int
     issued: int
     acknowledged: int | None = None
+    issued_at: float = 0.0  # the world's time, which only what compares two machines may look at
+    acknowledged_at: float | None = None
     lost: bool = False
     flushed: bool = False
     unsure: bool = False  # a flush of it failed: the kernel may have dropped it, whatever later flushes say
@@ -68,10 +70,12 @@ class Truth:
     Args:
         seed: of the application's stamps.
         image: what the disk holds at first.
+        now: the world's time.
     """
 
-    def __init__(self, seed: int, image: bytes) -> None:
+    def __init__(self, seed: int, image: bytes, now: Callable[[], float] = lambda: 0.0) -> None:
         self.seed = seed
+        self._now = now
         self.sectors = len(image) // SECTOR_BYTES
         self.eras = [Era(0, self.numbers(image))]
         self._in_flight: list[Change] = []
@@ -87,13 +91,13 @@ class Truth:
         return any(each.first < end and first < each.end for each in self._in_flight)
 
     def issue(self, first: int, end: int, number: int, next_sequence: int) -> Change:
-        change = Change(first, end, number, next_sequence)
+        change = Change(first, end, number, next_sequence, issued_at=self._now())
         self.eras[-1].changes.append(change)
         self._in_flight.append(change)
         return change
 
     def acknowledge(self, change: Change, next_sequence: int) -> None:
-        change.acknowledged = next_sequence
+        change.acknowledged, change.acknowledged_at = next_sequence, self._now()
         if change in self._in_flight:
             self._in_flight.remove(change)
 

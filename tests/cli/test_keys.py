@@ -16,6 +16,7 @@ from config_server.cli import app as config_server
 from recovery.chunks import MachineLog
 from recovery.folding import Folder
 from recovery.indexing import make_index
+from recovery.replica.warm import WarmReplica
 from recovery.retention import Policy, Rule
 from replicar.clock import SystemClock
 from replicar.control.files import write_file
@@ -189,6 +190,9 @@ async def test_an_auditor_verifies_with_a_signature_that_may_only_read(
 async def test_remove_alone_leaves_what_is_stored_and_destroying_leaves_nothing(
     operator: Operator, stored: Stored, store: PageBlobStore, tmp_path: Path
 ) -> None:
+    async with WarmReplica(stored.builder.log, store, clock=SystemClock(), random=os.urandom) as replica:
+        await replica.advance()
+        await replica.keep_held()
     await rotated(stored)
     assert (await operator("remove", "db1", "--destroy-keys")).status == 2, "it wants the name once more"
     assert (await operator("remove", "db1", "--destroy-keys", "--confirm", "db2")).status == 2
@@ -197,7 +201,8 @@ async def test_remove_alone_leaves_what_is_stored_and_destroying_leaves_nothing(
     assert (await operator("verify", "db1")).status == 0, "removed, and still there"
     ended = await operator("remove", "db1", "--destroy-keys", "--confirm", "db1", "--json")
     assert ended.status == 0, ended.output
-    assert (ended.json["keys_destroyed"], ended.json["blobs_deleted"]) == (True, 4)
+    assert (ended.json["keys_destroyed"], ended.json["blobs_deleted"]) == (True, 4 + 3)
+    assert await store.list("replicas/") == await store.snapshots("") == []
     verified = await operator("verify", "db1", "--json")
     assert "were destroyed" in verified.json["message"]
     machine_id = stored.builder.machine_id

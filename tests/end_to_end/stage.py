@@ -14,7 +14,8 @@ from simulator.application import Application
 from simulator.cluster import Cluster
 from simulator.disk_image import DiskImage
 from simulator.oracle import LATEST_NS, Comparison, FileImage, Oracle
-from simulator.workload import Space, oltp, paced
+from simulator.workload import Space, paced
+from simulator.workloads import Kind, Workload
 from tests.support.tools import need
 
 DISK = "data"
@@ -37,10 +38,11 @@ class Stage:
         *tables, log = self.image.database_extents().values()
         space = Space([extent for extents in tables for extent in extents])
         self._seed += 1
+        operations = Workload(Kind.OLTP).on(space, random.Random(seed), log=Space(log))
         application = Application(
             self.cluster.nbd(DISK),
             self.oracle,
-            paced(oltp(space, Space(log), random.Random(seed)), bytes_per_second=bytes_per_second),
+            paced(operations, bytes_per_second=bytes_per_second),
             export=DISK,
             seed=self._seed,
             reconnect_seconds=30.0,

@@ -14,7 +14,8 @@ from simulator.application import Application
 from simulator.cluster import Cluster
 from simulator.demo.story import moment
 from simulator.oracle import LATEST_NS, FileImage, Oracle
-from simulator.workload import paced, uniform, whole_disk
+from simulator.workload import paced, whole_disk
+from simulator.workloads import Kind, Workload
 
 MIB = 1 << 20
 SIZES = {"system": 8 * MIB, "data": 12 * MIB - 512}
@@ -132,7 +133,8 @@ async def _write(cluster: Cluster, oracles: dict[str, Oracle]) -> list[int]:
     """Write to both disks at once; gives instants (whole microseconds) at which both were busy."""
     applications = []
     for name, oracle in oracles.items():
-        writes = uniform(whole_disk(oracle.size_bytes // 4096 * 4096), random.Random(name))
+        space = whole_disk(oracle.size_bytes // 4096 * 4096)
+        writes = Workload(Kind.UNIFORM, block_bytes=(4096,)).on(space, random.Random(name))
         paced_writes = paced(writes, operations_per_second=600)
         applications.append(Application(cluster.nbd(name), oracle, paced_writes, export=name))
     instants: list[int] = []

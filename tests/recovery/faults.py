@@ -9,7 +9,7 @@ from replicar.storage import PageBlobStore
 
 _WRITES: Final = frozenset(
     (
-        *("create", "put_pages", "clear_pages", "set_metadata", "delete", "snapshot", "delete_snapshot"),
+        *("create", "put_pages", "clear_pages", "set_metadata", "delete", "snapshot", "copy", "delete_snapshot"),
         *("acquire_lease", "break_lease", "release_lease"),
     )
 )

@@ -19,6 +19,7 @@ QUICK = {
     "salt_is_used_again",
     "gap_ends_early",
     "needed_segment_is_freed",
+    "group_of_some",
 }
 
 

@@ -6,6 +6,7 @@ import os
 import random
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import cast
 
 import pytest
 
@@ -19,8 +20,9 @@ from replicar.clock import SystemClock
 from replicar.errors import CorruptionError, TransientError
 from replicar.formats import vhd
 from replicar.formats.record import Disk
-from replicar.storage import MemoryStore
+from replicar.storage import MemoryStore, PageBlobStore
 from replicar.storage.store import Pages
+from tests.recovery.faults import Stopped, StoppingStore
 from tests.recovery.log_builder import LogBuilder
 from tests.recovery.replica.test_warm import SECTOR, SIZES, busy
 
@@ -75,9 +77,9 @@ class Scene:
         view = await self.view(sequence)
         return view, await find_basis(view, self.stack, clock=SystemClock(), random_bytes=os.urandom)
 
-    async def make(self, view: View, basis: Basis, disk: Disk) -> int:
+    async def make(self, view: View, basis: Basis, disk: Disk, store: PageBlobStore | None = None) -> int:
         return await make_vhd(
-            *(basis, view, disk, self.store, f"made/{disk.index}.vhd"),
+            *(basis, view, disk, store or self.store, f"made/{disk.index}.vhd"),
             container="",
             clock=SystemClock(),
             random_bytes=os.urandom,
@@ -160,6 +162,30 @@ async def test_one_that_is_cut_off_is_gone_on_with_and_says_that_it_is_whole_at_
     assert VHD_ID not in (await scene.store.properties("made/0.vhd")).metadata
     await scene.make(view, basis, DISKS[0])
     assert await scene.is_made(wanted, DISKS[0])
+
+
+@pytest.mark.parametrize("applied", [False, True])
+async def test_killed_at_any_operation_it_is_made_by_the_next_one(scene: Scene, applied: bool) -> None:
+    draw, disk = random.Random(7), DISKS[1]
+    await busy(scene.builder, draw, 3)
+    await scene.warm(keep=True)
+    await busy(scene.builder, draw, 3)
+    wanted = scene.builder.sequence - 1
+    view, basis = await scene.basis(wanted)
+    assert basis is not None
+    for step in range(400):
+        await scene.store.delete("made/1.vhd")
+        dying = cast("PageBlobStore", StoppingStore(scene.store, step, applied=applied))
+        try:
+            await scene.make(view, basis, disk, dying)
+        except Stopped:
+            await scene.make(view, basis, disk)
+            assert await scene.is_made(wanted, disk)
+        else:
+            assert await scene.is_made(wanted, disk)
+            await scene.stack.aclose()
+            return
+    raise AssertionError("it did not end")
 
 
 async def test_a_replica_that_somebody_altered_is_not_taken_for_the_machine(scene: Scene) -> None:

@@ -129,7 +129,7 @@ async def test_a_failover_goes_on_from_the_warm_replica_and_makes_what_the_log_a
     assert all(_holds(found, disk) for found, disk in zip((await stage.vhds()).values(), _at(stage, last), strict=True))
 
 
-async def test_a_replica_that_was_altered_is_left_for_the_log(stage: Stage) -> None:
+async def test_a_replica_that_was_altered_or_is_not_wanted_is_left_for_the_log(stage: Stage) -> None:
     builder = stage.stored.builder
     async with WarmReplica(builder.log, builder.store, clock=QuickClock(), random=os.urandom) as replica:
         await replica.advance()
@@ -140,6 +140,13 @@ async def test_a_replica_that_was_altered_is_left_for_the_log(stage: Stage) -> N
     assert "disk0: from the log alone, since the replica of disk disk0 does not hold what the log has" in said
     expected = _at(stage, stage.stored.points[POINT])
     assert all(_holds(found, disk) for found, disk in zip((await stage.vhds()).values(), expected, strict=True))
+
+    assert (await stage.job(JobKind.CLEAN_UP)).state is JobState.SUCCEEDED
+    asked = DRILL.model_copy(update={"options": {**DRILL.options, "replica": "leave"}})
+    again = await stage.job(JobKind.TEST_FAILOVER, asked)
+    (said,) = [step.message for step in again.steps if step.name == "disks"]
+    assert said.count("from the log alone") == 2
+    assert "since" not in said
 
 
 async def test_a_failover_that_is_taken_back_leaves_nothing_in_azure(stage: Stage) -> None:
@@ -203,6 +210,7 @@ async def test_what_can_not_be_made_is_said_before_anything_is(stage: Stage) -> 
         ({"drill_network": ""}, {}, "no network for drills"),
         ({}, {"memory_mib": "2048"}, "the option 'memory_mib' is not known"),
         ({}, {"system": "Plan9"}, "the option system is Linux or Windows"),
+        ({}, {"replica": "perhaps"}, "the option replica is use or leave"),
     ]
     for change, options, words in cases:
         await operator.set_target("db1", TARGET.model_copy(update=change), base_version=version)

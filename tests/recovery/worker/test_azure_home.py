@@ -178,6 +178,26 @@ async def test_where_azure_can_not_say_what_was_written_the_disks_are_compared(s
     assert int(failback.result["moved_bytes"]) <= (there + here) * 1.05
 
 
+async def test_a_failover_does_not_fail_over_snapshots_that_are_not_to_be_had(stage: Stage, tmp_path: Path) -> None:
+    stage.azure.troubles["PUT", "snapshots"] = [(403, "AuthorizationFailed")] * 2
+    failover = await stage.job(JobKind.FAILOVER, OVER)
+    assert failover.state is JobState.SUCCEEDED, failover.error
+    assert stage.azure.paths("snapshots") == []
+    assert (await stage.job(JobKind.COMMIT)).state is JobState.SUCCEEDED
+    story = Story(stage, failover, tmp_path)
+    story.lay_down()
+    written = await story.writes_there()
+    stage.azure.troubles["PUT", "snapshots"] = [(403, "AuthorizationFailed")]
+    refused = await story.go_home()
+    assert refused.state is JobState.FAILED
+    assert refused.error is not None
+    assert "AuthorizationFailed" in refused.error.message
+    failback = await story.go_home()
+    assert failback.state is JobState.SUCCEEDED, failback.error
+    assert await story.is_home()
+    assert int(failback.result["moved_bytes"]) <= written * 1.05
+
+
 async def test_disks_of_a_machine_at_home_that_is_new_are_compared_with_those_in_azure(story: Story) -> None:
     await story.writes_there()
     story.home(0).write_bytes(bytes(len(story.home(0).read_bytes())))
@@ -262,6 +282,32 @@ async def test_a_worker_that_dies_on_the_way_is_followed_by_itself_and_nothing_i
             await reached.wait()
         dying.cancel()
         await asyncio.gather(dying, return_exceptions=True)
+        await story.stage.worker().run(asyncio.Event(), once=True)
+    job = await operator.job(made.id)
+    assert job.state is JobState.SUCCEEDED, job.error
+    assert await story.is_home()
+
+
+@pytest.mark.parametrize("ahead", [3, *(pytest.param(number, marks=pytest.mark.soak) for number in range(5, 90, 3))])
+async def test_a_worker_that_dies_behind_any_request_to_azure_is_followed_by_one_that_comes_home(
+    story: Story, ahead: int
+) -> None:
+    """The request was carried out, and nobody knows: a snapshot, a link, a shut-down may be there."""
+    await story.writes_there()
+    await story.writes_at_home()
+    story.lay_down()
+    azure, operator = story.stage.azure, story.stage.stored.cast.operator
+    asked = JobParameters(destination=str(story.directory / "{disk}.img"))
+    azure.hold_at = len(azure.requests) + ahead
+    async with story.agent():
+        made = await operator.make_job("db1", JobKind.FAILBACK, asked)
+        dying = asyncio.create_task(story.stage.worker().run(asyncio.Event(), once=True))
+        holding = asyncio.create_task(azure.held.wait())
+        async with asyncio.timeout(120):
+            await asyncio.wait((dying, holding), return_when=asyncio.FIRST_COMPLETED)  # it may have fewer requests
+        for task in (dying, holding):
+            task.cancel()
+        await asyncio.gather(dying, holding, return_exceptions=True)
         await story.stage.worker().run(asyncio.Event(), once=True)
     job = await operator.job(made.id)
     assert job.state is JobState.SUCCEEDED, job.error
