@@ -105,7 +105,8 @@ def story_of(seed: int, *, kinds: tuple[str, ...] | None = None, workload: Workl
     faults = _faults(draw, kinds or kinds_of())
     story = Story(seed, STORY_SECONDS, disks, agent, server, marks, faults)
     if kinds is not None:
-        upkeep = _upkeep(seed) if set(kinds) & set(kinds_of("upkeep")) else None
+        wanted = bool(set(kinds) & set(kinds_of("upkeep")))
+        upkeep = replace(_upkeep(seed), reader=True) if wanted else None
         group = _group(seed) if set(kinds) & set(kinds_of("group")) else None
         return replace(story, upkeep=upkeep, group=group)
     return _with_versions(_in_a_group(_kept_up(story)))
@@ -163,6 +164,7 @@ def _upkeep(seed: int) -> UpkeepPlan:
         until_seconds=draw.choice((20.0, 60.0)),
         grace_seconds=draw.choice((1.0, 3.0, 8.0)),
         by_hand=draw.random() < 0.5,
+        reader=draw.random() < 0.3,
     )
 
 

@@ -22,6 +22,7 @@ from replicar.errors import CorruptionError, ReplicarError
 from replicar.log.index import Fold, open_index
 from replicar.log.tail import Stored
 from simulator import registered
+from simulator.reader import PLACE as READER, read_for_ever
 from simulator.world import cast
 from simulator.world.folder import fold_once, run_by_hand, run_worker
 from simulator.world.processes import Process
@@ -39,7 +40,7 @@ _BY_HAND: Final = "fold by hand"
 
 
 class Upkeep:
-    """The worker of one story, and the operator beside it if there is one."""
+    """The worker of one story, and the operator and the reader beside it if there are any."""
 
     def __init__(self, stage: Stage) -> None:
         assert stage.story.upkeep is not None
@@ -55,14 +56,20 @@ class Upkeep:
         stage.ledger.keep_copy()
 
     def start(self) -> None:
-        """Both."""
+        """All of them."""
         self._start_worker()
         if self.plan.by_hand:
             self._start_by_hand()
+        if self.plan.reader:
+            self._start_reader()
 
-    def processes(self) -> list[Process]:
-        """Who is alive."""
-        return [process for process in self._processes.values() if process.alive]
+    def folders(self) -> list[Process]:
+        """Who folds and is alive."""
+        return [process for name, process in self._processes.items() if process.alive and name != READER]
+
+    def reader(self) -> Process | None:
+        """Who reads."""
+        return self._processes.get(READER)
 
     def restart_worker(self) -> None:
         """SIGTERM, which a worker knows no end of its own for; it is started again."""
@@ -96,7 +103,7 @@ class Upkeep:
                 break
             await asyncio.sleep(LOOK_SECONDS)
         await self.look()
-        for process in self.processes():
+        for process in self._processes.values():
             process.on_death = lambda: None
             stage.world.kill(process)
 
@@ -161,6 +168,13 @@ class Upkeep:
 
         self._started(_BY_HAND, world.start(cast.WORKER, _BY_HAND, main))
 
+    def _start_reader(self) -> None:
+        async def main(process: Process) -> None:
+            await read_for_ever(self._stage, process, self._draw)
+
+        self._started(READER, self._stage.world.start(cast.WORKER, READER, main))
+
     def _started(self, name: str, process: Process) -> None:
         self._processes[name] = process
-        self._stage.supervise(process, self._start_by_hand if name == _BY_HAND else self._start_worker)
+        starts = {_WORKER: self._start_worker, _BY_HAND: self._start_by_hand, READER: self._start_reader}
+        self._stage.supervise(process, starts[name])

@@ -81,6 +81,7 @@ CATALOGUE: Final[Mapping[str, Kind]] = {
     "clock_jumps": Kind(control.clock_jumps),
     "folder_killed": Kind(upkeep.folder_killed, of="upkeep"),
     "folder_cut_off": Kind(upkeep.folder_cut_off, 2.0, 20.0, of="upkeep"),
+    "reader_killed": Kind(upkeep.reader_killed, of="upkeep"),
     "folder_former": Kind(versions.folder_former, 3.0, 20.0, of="upkeep"),
     "folder_newer": Kind(versions.folder_newer, 8.0, 25.0, of="upkeep"),
     "neighbour_killed": Kind(neighbours.neighbour_killed, of="group"),

@@ -20,7 +20,7 @@ async def folder_killed(stage: Stage, draw: random.Random, seconds: float) -> No
     Nothing that a kept point needs is touched, whatever was half done: what was decided is in force or is not, and the
     next round makes good the rest.
     """
-    alive = stage.upkeep.processes() if stage.upkeep is not None else []
+    alive = stage.upkeep.folders() if stage.upkeep is not None else []
     if alive:
         await kill(stage, draw.choice(alive), draw)
 
@@ -35,3 +35,11 @@ async def folder_cut_off(stage: Stage, draw: random.Random, seconds: float) -> N
     stage.world.shut(WORKER, STORAGE)
     await asyncio.sleep(seconds)
     stage.world.reopen(WORKER, STORAGE)
+
+
+async def reader_killed(stage: Stage, draw: random.Random, seconds: float) -> None:
+    """SIGKILL to somebody who reads a point that they have pinned.
+
+    What they had pinned stays until the pin ends by itself; nobody is held up but the sweep of that state.
+    """
+    await kill(stage, stage.upkeep.reader() if stage.upkeep is not None else None, draw)

@@ -41,6 +41,8 @@ class Bug:
 _HEAVY: Final = Workload(Kind.SEQUENTIAL, rate=8.0)
 #: Writes all the time.
 _BUSY: Final = Workload(Kind.UNIFORM, rate=8.0)
+#: The same places again and again, so that what a state needs is soon needed by no later one.
+_AGAIN: Final = Workload(Kind.LOG_APPEND, rate=4.0)
 #: Nothing is made durable but by the kernel, as it likes.
 _LAZY: Final = Workload(Kind.UNIFORM, rate=3.0, flush_share=0.0)
 
@@ -67,6 +69,7 @@ PLANTED: Final[Mapping[str, Bug]] = {
     "place_is_used_again": _bug(server.place_is_used_again, "server_killed"),
     "points_in_gaps": _bug(recovery.points_in_gaps, "machine_power", "write_errors"),
     "needed_segment_is_freed": _bug(upkeep.needed_segment_is_freed, "folder_killed", "server_killed"),
+    "pins_are_not_looked_at": _bug(upkeep.pins_are_not_looked_at, "folder_killed", "server_killed", workload=_AGAIN),
     "past_ages_by_the_clock": _bug(upkeep.past_ages_by_the_clock, "folder_killed", "clock_jumps"),
     "writers_are_not_held": _bug(group.writers_are_not_held, "group_slow", workload=_BUSY),
     "group_of_some": _bug(group.group_of_some, "group_cut_off", "neighbour_killed"),

@@ -30,3 +30,12 @@ def past_ages_by_the_clock() -> Names:
         return now_ns
 
     return ((folding, "aged_from", aged_from), (retention, "aged_from", aged_from))
+
+
+def pins_are_not_looked_at() -> Names:
+    """A fold and its sweep do not ask who reads from what."""
+
+    async def list_pins(store: Any, machine_id: Any) -> dict[str, Any]:
+        return {}
+
+    return ((folding, "list_pins", list_pins),)

@@ -57,6 +57,7 @@ class UpkeepPlan:
 
     Args:
         by_hand: whether an operator folds it besides, whenever they like, and so perhaps both at once.
+        reader: whether somebody reads points meanwhile.
     """
 
     every_seconds: float = 4.0
@@ -66,6 +67,7 @@ class UpkeepPlan:
     until_seconds: float = 60.0
     grace_seconds: float = 3.0
     by_hand: bool = False
+    reader: bool = False
 
     @property
     def policy(self) -> Policy:
@@ -103,7 +105,7 @@ async def run_worker(
             UpkeepKind.FOLD,
             chore,
             control,
-            _store(process, clock, blobs, seed),
+            storage(process, clock, blobs, seed),
             clock=clock,
             instance=_INSTANCE,
             every_seconds=plan.every_seconds,
@@ -115,7 +117,7 @@ async def run_by_hand(process: Process, clock: Clock, blobs: BlobService, seed: 
     identity = _as(process, cast.OPERATOR)
     async with ControlClient(identity, clock=clock) as control:
         key = await control.key(cast.MACHINES[0])
-        log = MachineLog(_store(process, clock, blobs, seed), key.machine_id, data_keys(key))
+        log = MachineLog(storage(process, clock, blobs, seed), key.machine_id, data_keys(key))
         kept = await fold(log, Stored(key.stored_segment or 0, 0, bytes.fromhex(key.stored_digest)))
         if kept.retention is not None:
             await control.report_upkeep(
@@ -147,6 +149,7 @@ def _as(process: Process, who: str) -> Identity:
     return Identity.load(cast.template() / who)
 
 
-def _store(process: Process, clock: Clock, blobs: BlobService, seed: int) -> RetryingStore:
+def storage(process: Process, clock: Clock, blobs: BlobService, seed: int) -> RetryingStore:
+    """How such a process reaches storage."""
     limited = LimitedStore(MortalClient(blobs, process), clock=clock)
     return RetryingStore(limited, clock=clock, random=random.Random(seed), policy=RETRIES)
