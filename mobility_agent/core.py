@@ -100,8 +100,8 @@ async def open_core(settings: AgentSettings, state: StateDirectory, clock: Clock
             clock=clock,
             file_bytes=int(settings.journal_file_bytes),
         )
-        maps: list[Closable] = []
-        closing.push_async_callback(_close, log, disks, maps)
+        records, failed = list[TouchedRegions](), list[OSError]()
+        closing.push_async_callback(_close, log, disks, records, failed)
         state.log_begun(identity)
         regions: dict[int, DirtyRegions] = {}
         touched: dict[int, TouchedRegions] = {}
@@ -114,19 +114,19 @@ async def open_core(settings: AgentSettings, state: StateDirectory, clock: Clock
                 regions[disk.index] = scanned.open_regions(state, disk)
             else:
                 regions[disk.index] = DirtyRegions(regions_path(state, disk.index), disk.size_bytes)
-            maps.append(regions[disk.index])
+            closing.callback(_close_map, regions[disk.index], failed)
             touched[disk.index] = TouchedRegions(touched_path(state, disk.index), disk.size_bytes)
-            maps.append(touched[disk.index])
+            records.append(touched[disk.index])
             digests[disk.index] = Digests(digests_path(state, disk.index), disk.size_bytes)
-            maps.append(digests[disk.index])
+            closing.callback(_close_map, digests[disk.index], failed)
             place, copy_all = skipped_path(state, disk.index), settings.copy_free_space
             if (found := asking.open_map(place, regions[disk.index], copy_free_space=copy_all)) is not None:
                 skipped[disk.index] = found
-                maps.append(found)
+                closing.callback(_close_map, found, failed)
         extents = None
         if settings.capture is CaptureKind.INLINE:
             extents = DirtyExtents(extents_path(state))
-            maps.append(extents)
+            closing.callback(_close_map, extents, failed)
         ladder = Ladder(log, disks, regions, touched, digests, extents, skipped)
         gaps = Gaps(state.path / "gaps.json")
         closing.push_async_callback(gaps.save)
@@ -166,24 +166,35 @@ def _remember(log: RecordedLog, gaps: Gaps, marks: Marks) -> None:
     marks.recover(held, gaps.holds)
 
 
-async def _close(log: RecordedLog, disks: Sequence[Disk], maps: Sequence[Closable]) -> None:
+def _close_map(each: Closable, failed: list[OSError]) -> None:
+    try:
+        each.close()
+    except OSError as error:
+        failed.append(error)
+
+
+async def _close(
+    log: RecordedLog, disks: Sequence[Disk], records: Sequence[TouchedRegions], failed: list[OSError]
+) -> None:
     """Close the log as one that ended in good order, which it did once maps and disks hold what it says they hold.
+
+    Args:
+        records: where it is noted that a disk could not be flushed; closed behind that.
+        failed: why maps could not be made durable.
 
     Raises:
         PermanentError: a map or a disk can't be made durable; should the machine restart now, it is compared in full.
     """
-    failed, what = None, ""
+    what = "what is known of the disks can't be made durable"
     for disk in disks:
         try:
             await asyncio.to_thread(disk.flush)
         except OSError as error:
-            failed, what = error, f"disk {disk.name} can't be made durable"
-    for each in reversed(maps):
-        try:
-            each.close()
-        except OSError as error:
-            failed, what = error, "what is known of the disks can't be made durable"
-    if failed is None:
+            failed.append(error)
+            what = f"disk {disk.name} can't be made durable"
+    for touched in records:
+        _close_map(touched, failed)
+    if not failed:
         await log.close()
         return
     try:
@@ -191,6 +202,6 @@ async def _close(log: RecordedLog, disks: Sequence[Disk], maps: Sequence[Closabl
     finally:
         log.abandon()
     raise PermanentError(
-        f"{what}: {failed.strerror}",
+        f"{what}: {failed[-1].strerror}",
         hint="look at the kernel's log for what is wrong there; what was not durable is compared when the agent starts",
-    ) from failed
+    ) from failed[-1]

@@ -83,8 +83,7 @@ class Upkeep:
     async def look(self) -> None:
         """If something was freed since the last look: whether all that is kept still opens."""
         freed = self._stage.ledger.freed
-        log = self._log() if freed != self._freed else None
-        if log is None:
+        if freed == self._freed or (log := self._log()) is None:
             return
         with suppress(ReplicarError):  # the container is away; it is looked at again
             known = await open_index(log.store, log.machine_id, log.keys)
