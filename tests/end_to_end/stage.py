@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from simulator import disk_image, e2fsprogs
+from simulator import command, disk_image, e2fsprogs
 from simulator.application import Application
 from simulator.cluster import Cluster
 from simulator.disk_image import DiskImage
@@ -74,12 +74,15 @@ class Stage:
         """Return when everything written so far is in storage."""
         await self.tag(name, "--wait-stored")
 
-    async def recover(self, *point: str, at_ns: int = LATEST_NS) -> Comparison:
+    async def recover(
+        self, *point: str, at_ns: int = LATEST_NS, limit_seconds: float = command.LIMIT_SECONDS
+    ) -> Comparison:
         """Recover a point as a raw file and hold it against the oracle; the file system is checked as well."""
         path = self.cluster.directory / "recovered.raw"
         path.unlink(missing_ok=True)
         machine = self.cluster.machine
-        (await self.cluster.replicar("recover", machine, *point, "--disk", DISK, "--raw", path)).require()
+        words = ("recover", machine, *point, "--disk", DISK, "--raw", path)
+        (await self.cluster.replicar(*words, limit_seconds=limit_seconds)).require()
         e2fsprogs.check(path)
         return await asyncio.to_thread(self.oracle.compare, FileImage(path), "recovered", at_ns)
 

@@ -25,6 +25,8 @@ BURST_BYTES_PER_SECOND = 6e6
 WARM_SHARE = 0.35
 #: What a process may seem to grow by over the rest of it: pages that it touches for the first time.
 GROWTH_MIB = 24.0
+#: What recovery may take for each minute of the log, on a busy machine.
+RECOVERY_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ async def bursts(here: Stage, seconds: float) -> list[Sample]:
     "minutes",
     [
         pytest.param(2, marks=pytest.mark.timeout(420)),
-        pytest.param(30, marks=[pytest.mark.soak, pytest.mark.timeout(3000)]),
+        pytest.param(30, marks=[pytest.mark.soak, pytest.mark.timeout(3600 + 600)]),
     ],
 )
 async def test_bursts_leave_memory_flat_the_cache_bounded_and_the_disk_true(tmp_path: Path, minutes: int) -> None:
@@ -84,6 +86,7 @@ async def test_bursts_leave_memory_flat_the_cache_bounded_and_the_disk_true(tmp_
         warm = [each for each in samples if each.seconds >= WARM_SHARE * minutes * 60]
         grown = {part: grown_mib(warm, part) for part in warm[0].memory}
         assert max(grown.values()) < GROWTH_MIB, f"MiB grown by: {grown}; {samples}"
-        comparison = await here.recover("--latest")
+        # Nobody indexes here, so the whole log is read: some five small segments for each second of a burst.
+        comparison = await here.recover("--latest", limit_seconds=RECOVERY_SECONDS * minutes)
         assert comparison.equal, str(comparison)
         assert comparison.changes_required > 100 * minutes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import uuid
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mobility_agent.logfile import LogFile, unmap
+from replicar.errors import LimitError
 from replicar.formats import changelog
 
 FILE_BYTES = changelog.MIN_FILE_BYTES
@@ -60,3 +62,25 @@ def test_a_file_retired_during_its_sync_keeps_its_descriptor_until_the_sync_is_o
     syncing.join(10)
     assert not failures, failures
     assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("call", ["open", "posix_fallocate", "replace", "fsync"])
+def test_whatever_keeps_a_file_from_being_made_is_a_full_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """A full disk may show in any of these calls, by how its file system keeps room (seeds 20, 21 and 26 of that day).
+
+    A mock stands for such a file system.
+    """
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = open_descriptors()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, refuse)
+        with pytest.raises(LimitError, match="No space left"):
+            make(tmp_path / "a.hrl")
+    assert not list(tmp_path.iterdir())
+    assert open_descriptors() == before
+    make(tmp_path / "a.hrl").close()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mobility_agent.mapped import MappedFile
 from replicar.errors import ReplicarError
 from simulator.world.blobs import BlobClient, Weather
 from simulator.world.calls import Device
@@ -245,3 +246,34 @@ class _FailingSyncs(Device):
     def before(self, call: str, path: str, offset: int, length: int) -> None:
         if call == "sync":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+def test_a_map_of_which_a_sync_failed_is_stored_again_before_the_next(is_mended: bool) -> None:
+    with standing(3) as world:
+        path = world.machines[DB].directory / "map"
+
+        async def main(process: Process) -> None:
+            file = MappedFile(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), _sized(path, 3 * PAGE))
+            file.sync()
+            view = memoryview(file.mapping)  # as a map's array does: the world can't see what is stored there
+            view[PAGE : PAGE + 4] = b"mark"
+            world.calls.devices[DB] = _FailingSyncs()
+            with pytest.raises(OSError, match="Input/output error"):
+                await file.sync_aside()
+            world.calls.devices[DB] = Device()
+            if is_mended:
+                await file.sync_aside()
+            else:
+                os.fdatasync(file.fd)
+            await asyncio.sleep(1000)
+
+        world.start(DB, "agent", main)
+        world.loop.run_until_complete(asyncio.sleep(5))
+        world.power_off(DB)
+        assert (path.read_bytes()[PAGE : PAGE + 4] == b"mark") == is_mended
+
+
+def _sized(path: Path, size: int) -> int:
+    os.truncate(path, size)
+    return size
