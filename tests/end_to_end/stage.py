@@ -81,7 +81,7 @@ class Stage:
         path = self.cluster.directory / "recovered.raw"
         path.unlink(missing_ok=True)
         machine = self.cluster.machine
-        words = ("recover", machine, *point, "--disk", DISK, "--raw", path)
+        words = ("recover", machine, *point, "--disk", DISK, "--raw", str(path))
         (await self.cluster.replicar(*words, limit_seconds=limit_seconds)).require()
         e2fsprogs.check(path)
         return await asyncio.to_thread(self.oracle.compare, FileImage(path), "recovered", at_ns)
