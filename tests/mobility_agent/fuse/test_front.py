@@ -164,7 +164,7 @@ async def test_a_disk_that_fails_a_write_fails_it_for_whoever_wrote_and_a_gap_be
             async with agent_core(tmp_path, limit_bytes=LARGE_LOG) as core:
                 assert core.ladder.in_gap
     finally:
-        run("umount", small)
+        run("umount", "-l", small)
 
 
 async def test_a_range_of_no_whole_sectors_is_refused(tmp_path: Path) -> None:
