@@ -51,7 +51,7 @@ simulate: setup ## the parts under virtual time and faults (SEEDS=1000 FIRST_SEE
 	$(BIN)/python -m simulator.seeds --seeds $(or $(SEEDS),1000) --first-seed $(or $(FIRST_SEED),0)
 
 fuzz: setup ## every parser under coverage-guided fuzzing (RUNS=100000)
-	$(BIN)/python -m tests.fuzzing --runs $(or $(RUNS),100000)
+	$(BIN)/python -m tests.fuzzing --keep --runs $(or $(RUNS),100000)
 
 nightly: setup ## half an hour of bursts, and 200 deaths of the process server
 	$(BIN)/pytest -m soak -o session_timeout=86400 --timeout 3600 tests/end_to_end/test_soak.py tests/process_server/faults
