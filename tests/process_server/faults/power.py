@@ -135,7 +135,7 @@ def cut(journal: Path, draw: random.Random) -> int:
 
 
 def _take_back(path: str, offset: int, old: bytes, kept: set[tuple[str, int]], draw: random.Random, luck: float) -> int:
-    """Newest first: a sector that has a version keeps it. Of a file that was removed meanwhile there is nothing left."""
+    """Newest first: a sector that has a version keeps it. Of a file that was removed since there is nothing left."""
     lost = 0
     if not os.path.exists(path):
         return 0
