@@ -39,11 +39,18 @@ def _demo(directory: Path, form: str = "text") -> Iterator[subprocess.Popen[str]
     need("mkfs.ext4")
     code = _CODE.format(plan=SMALL)
     command = [sys.executable, "-c", code, form, str(directory)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=_ROOT) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=_ROOT, preexec_fn=_hears_interrupts
+    ) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def _hears_interrupts() -> None:
+    """A shell has what it runs in the background ignore SIGINT, and whatever that starts in turn."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_every_point_is_recovered_in_both_forms_and_judged_equal(tmp_path: Path) -> None:

