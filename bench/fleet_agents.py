@@ -38,8 +38,10 @@ from replicar.memory import keep_memory
 from replicar.tls import Role, client_context, server_name
 
 WRITE_BYTES: Final = 4096
-#: Bytes that an agent holds until they are stored; a greedy one always has as many.
+#: Bytes that an agent holds until they are stored.
 LOG_BYTES: Final = 16 << 20
+#: The greedy one always has as many; with less, its own log and not the server would be what holds it up.
+GREEDY_LOG_BYTES: Final = 128 << 20
 GREEDY_FRAME_BYTES: Final = 512 << 10
 DISK_BYTES: Final = 1 << 40
 DATA_BYTES: Final = 16 << 20
@@ -56,6 +58,7 @@ class LightAgent(asyncio.Protocol):
         self.machine_id = identity.id
         self.identity = identity
         self.frame_bytes = frame_bytes
+        self.log_bytes = LOG_BYTES
         self.captured_bytes = self.full = self.connections = self.resends = 0
         self.streaming = asyncio.Event()
         self.lost = asyncio.Event()
@@ -76,7 +79,7 @@ class LightAgent(asyncio.Protocol):
 
     @property
     def has_room(self) -> bool:
-        return self._held < LOG_BYTES
+        return self._held < self.log_bytes
 
     def capture(self) -> None:
         """A frame of writes happens now."""
@@ -214,7 +217,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         for name in options.names
     ]
     if options.greedy:
-        agents[0].frame_bytes = GREEDY_FRAME_BYTES
+        agents[0].frame_bytes, agents[0].log_bytes = GREEDY_FRAME_BYTES, GREEDY_LOG_BYTES
     begin, stop, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR1, begin.set)
     loop.add_signal_handler(signal.SIGUSR2, stop.set)
