@@ -293,8 +293,6 @@ class Connection(asyncio.BufferedProtocol):
         return invalid(self._disk, offset, length)
 
     def _hang_up(self, why: str) -> None:
-        _log.warning(
-            "an NBD client%s %s: hanging up", f" of disk {self._disk.name}" if self._greeting is None else "", why
-        )
+        _log.warning("an NBD client of disk %s %s: hanging up", self._disk.name, why)
         self._closing = True
         self._transport.abort()

@@ -167,6 +167,6 @@ async def _destroy(store: PageBlobStore, name: str) -> None:
         await store.delete(name, lease_id=lease_id)
     except FencedError as error:
         raise TransientError(f"somebody took {name} back while it was destroyed", hint="do it again") from error
-    except Exception as error:
+    except PermanentError as error:
         if not is_gone(error):  # else it is gone already
             raise

@@ -137,7 +137,7 @@ async def test_a_thin_link_is_shared_by_weight_and_a_modest_machine_hardly_waits
     machines = [site.vault.identity(Role.MACHINE, name) for name in names]
     large = LogLimits(stripes=3, blob_bytes=256 << 20)  # rolling over would be in the way
     tuning = Tuning(segment_age_seconds=0.05, log=large, weights={"heavy": 3})
-    store = SlowStore(40e6)
+    store = SlowStore(25e6)  # slow enough to be what holds both up, on a busy machine too
     async with (
         asyncio.timeout(STORY_SECONDS),
         running(
@@ -166,8 +166,8 @@ async def test_a_thin_link_is_shared_by_weight_and_a_modest_machine_hardly_waits
             waits.append(asyncio.get_running_loop().time() - began)
             await asyncio.sleep(0.05)
         share = (counters[0].bytes_stored - before[0]) / (counters[1].bytes_stored - before[1])
-        assert 1.5 < share < 6  # three on a quiet machine; what else runs takes from both
-        assert sorted(waits)[len(waits) // 2] < 1.5  # sixteen segments that are under way take 1.6 s
+        assert 2 < share < 4.5
+        assert sorted(waits)[len(waits) // 2] < 1.5  # sixteen segments that are under way take 2.7 s
         for task in sending:
             task.cancel()
         await asyncio.wait(sending)

@@ -27,7 +27,7 @@ from tests.mobility_agent.fuse.stage import (
     mounted,
 )
 from tests.mobility_agent.killable import LARGE_LOG
-from tests.mobility_agent.trace.rig import run
+from tests.mobility_agent.trace.rig import run, unmount
 
 pytestmark = pytest.mark.needs_root
 
@@ -164,7 +164,7 @@ async def test_a_disk_that_fails_a_write_fails_it_for_whoever_wrote_and_a_gap_be
             async with agent_core(tmp_path, limit_bytes=LARGE_LOG) as core:
                 assert core.ladder.in_gap
     finally:
-        run("umount", "-l", small)
+        unmount(small)
 
 
 async def test_a_range_of_no_whole_sectors_is_refused(tmp_path: Path) -> None:

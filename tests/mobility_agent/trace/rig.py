@@ -68,7 +68,8 @@ class LoopDisk:
         return BlockDevice(self.device)
 
 
-def _unmount(mountpoint: Path) -> None:
+def unmount(mountpoint: Path) -> None:
+    """Unmount it; in use for longer than whoever was killed may need is a failure."""
     for _ in range(50):  # whoever was killed may need a moment to let go of it
         if subprocess.run(["umount", mountpoint], capture_output=True, check=False).returncode == 0:
             return
@@ -97,7 +98,7 @@ def attached(image: Path, mountpoint: Path, *, filesystem: str = "", make: bool 
                 run(need(f"mkfs.{filesystem}"), *(["-q"] if filesystem == "xfs" else ["-q", "-F"]), device)
             mountpoint.mkdir()
             run("mount", device, mountpoint)
-            closing.callback(_unmount, mountpoint)
+            closing.callback(unmount, mountpoint)
             closing.callback(thaw_all, BlockDevice(device).family())
         yield LoopDisk(device, image, mountpoint)
 

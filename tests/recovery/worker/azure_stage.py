@@ -24,13 +24,10 @@ from replicar.control.messages import (
     TargetSettings,
 )
 from replicar.storage import StorageTarget, open_store
-from tests.cli.conftest import Stored, store, stored, target
-from tests.config_server.conftest import cast, clock, founded, house, vault_directory
+from tests.cli.conftest import Stored
 from tests.recovery.compute.managed_disks import ManagedDisks
 from tests.recovery.compute.resource_manager import NETWORKS, SUBSCRIPTION, ResourceManager
 from tests.recovery.compute.test_azure import QuickClock, Token
-
-__all__ = ["cast", "clock", "founded", "house", "store", "stored", "target", "vault_directory"]
 
 TARGET = TargetSettings(
     compute="azure",

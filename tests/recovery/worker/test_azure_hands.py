@@ -24,23 +24,7 @@ from replicar.storage import MemoryStore, StorageTarget, open_store
 from tests.config_server.script import life
 from tests.recovery.compute.resource_manager import GROUP, MACHINES, NETWORKS, SUBSCRIPTION
 from tests.recovery.compute.test_azure import QuickClock
-from tests.recovery.worker.azure_stage import (
-    DRILL,
-    POINT,
-    TARGET,
-    Stage,
-    cast,
-    clock,
-    founded,
-    house,
-    stage,
-    store,
-    stored,
-    target,
-    vault_directory,
-)
-
-__all__ = ["cast", "clock", "founded", "house", "stage", "store", "stored", "target", "vault_directory"]
+from tests.recovery.worker.azure_stage import DRILL, POINT, TARGET, Stage
 
 SOME, OTHER = uuid.UUID(int=1), uuid.UUID(int=2)
 

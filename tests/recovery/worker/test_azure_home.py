@@ -26,20 +26,7 @@ from replicar.control.messages import (
 from replicar.formats import vhd
 from tests.config_server.script import life
 from tests.recovery.compute.managed_disks import ManagedDisks
-from tests.recovery.worker.azure_stage import (
-    Stage,
-    cast,
-    clock,
-    founded,
-    house,
-    stage,
-    store,
-    stored,
-    target,
-    vault_directory,
-)
-
-__all__ = ["cast", "clock", "founded", "house", "stage", "store", "stored", "target", "vault_directory"]
+from tests.recovery.worker.azure_stage import Stage
 
 PAGE = 512
 OVER = JobParameters(options={"banner": "login:"})

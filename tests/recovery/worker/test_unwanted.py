@@ -12,10 +12,7 @@ from replicar.control.client import ControlClient
 from replicar.control.identity import Role
 from replicar.control.messages import Policy
 from replicar.storage import PageBlobStore, StorageTarget
-from tests.cli.conftest import Stored, store, stored, target
-from tests.config_server.conftest import cast, clock, founded, house, vault_directory
-
-__all__ = ["cast", "clock", "founded", "house", "store", "stored", "target", "vault_directory"]
+from tests.cli.conftest import Stored
 
 
 async def test_a_replica_is_made_when_the_policy_wants_one_and_removed_when_it_does_not(
