@@ -3,18 +3,20 @@
 A request to storage costs about as much as 100 KiB of data, so chunks that lie close together come in one ranged read,
 holes between them included. Opening them is work for a thread (AES-GCM and zstd release the interpreter's lock).
 
-At most FETCHES reads are under way at once, whoever asks, and OPENERS threads open what they brought. `ChunkCache`
-keeps what was opened last, for readers at random; it is bounded in bytes. Whoever asks for a chunk that another is just
-fetching waits for that.
+At most FETCHES reads of a source are under way or wait to be opened, whoever asks, and a thread a core opens them.
+`ChunkCache` keeps what was opened last, for readers at random; it is bounded in bytes. Whoever asks for a chunk that
+another is just fetching waits for that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -32,9 +34,8 @@ _Result = TypeVar("_Result")
 
 #: Ranged reads under way at once: enough to hide a round trip of 20 ms at 200 MB/s, far below 500 requests/s a blob.
 FETCHES: Final = 6
-#: Threads that open chunks at once: a chunk is a third interpreter, two thirds libraries without its lock, so that more
-#: threads only wait for the lock in turn. Not by the machine's cores: a simulation's seed must be the same on any.
-OPENERS: Final = 4
+#: Threads that open chunks, at most: what is still the interpreter's work would only wait for its lock in turn.
+MOST_OPENERS: Final = 4
 #: Sealed bytes that may be read for nothing to save a request.
 BRIDGE_BYTES: Final = 256 << 10
 #: What a cache of opened chunks holds: 512 chunks of 128 KiB.
@@ -67,7 +68,10 @@ class ChunkSource:
     def __init__(self, log: MachineLog, *, fetches: int = FETCHES) -> None:
         self._log = log
         self._slots = asyncio.Semaphore(fetches)
-        self._openers = asyncio.Semaphore(OPENERS)
+        # No more threads than can run: one that is taken off its core while it writes (see `filewriter`) holds up the
+        # others. A source's own: who writes to a slow disk holds up no reader of another. They end with the source.
+        threads = min(len(os.sched_getaffinity(0)), MOST_OPENERS)
+        self._openers = ThreadPoolExecutor(threads, thread_name_prefix="open")
 
     async def visit(self, found: Segment, first: int, last: int, work: Callable[[memoryview], _Result]) -> _Result:
         """Read the sealed bytes of chunks `first` to `last` (inclusive) in one request, and have `work` do something
@@ -76,8 +80,7 @@ class ChunkSource:
         start, end = int(found.table.chunk_offsets[first]), int(found.table.chunk_offsets[last + 1])
         async with self._slots:
             sealed = memoryview(await self._log.store.read(found.blob, found.offset + start, end - start))
-            async with self._openers:
-                return await in_thread(work, sealed)
+            return await in_thread(work, sealed, pool=self._openers)
 
     async def open(self, found: Segment, chunks: Sequence[int]) -> dict[int, bytes]:
         """The given chunks (ascending), opened.
@@ -121,6 +124,18 @@ class ChunkSource:
                 blob=found.blob,
                 offset=found.offset,
             ) from None
+
+    def open_together(
+        self, found: Segment, chunks: Sequence[int], sealed: memoryview, first: int, key: AESGCM
+    ) -> list[memoryview]:
+        """As `open_one` for some chunks, which stay in memory together; the lock is given away once for all of them."""
+        edges = found.table.chunk_offsets
+        base = int(edges[first])
+        bodies = [sealed[int(edges[index]) - base : int(edges[index + 1]) - base] for index in chunks]
+        try:
+            return segment.open_chunks(found.table, chunks, bodies, key)
+        except CorruptionError:  # said again by the one that is damaged, with its place
+            return [memoryview(self.open_one(found, index, sealed, first, key)) for index in chunks]
 
 
 class ChunkCache:

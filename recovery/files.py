@@ -9,6 +9,7 @@ import os
 import secrets
 import stat
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -49,10 +50,10 @@ async def new_file(path: Path, size_bytes: int, *, replace: bool) -> AsyncIterat
             partial.unlink(missing_ok=True)
 
 
-async def in_thread(work: Callable[..., _Result], *arguments: Any) -> _Result:
-    """As `asyncio.to_thread`, but a cancelled caller waits until the thread is done: it can't be stopped, and the
-    descriptor that it uses is about to be closed and its number given to another file."""
-    future = asyncio.get_running_loop().run_in_executor(None, partial(work, *arguments))
+async def in_thread(work: Callable[..., _Result], *arguments: Any, pool: Executor | None = None) -> _Result:
+    """As `asyncio.to_thread`, or in threads of `pool`, but a cancelled caller waits until the thread is done: it can't
+    be stopped, and the descriptor that it uses is about to be closed and its number given to another file."""
+    future = asyncio.get_running_loop().run_in_executor(pool, partial(work, *arguments))
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from recovery.files import GRANULE_BYTES, REPLACE_HINT, held_stretches, in_thread, new_file, write_at
+from recovery.aio import write_context
+from recovery.files import REPLACE_HINT, held_stretches, in_thread, new_file, write_at
+from recovery.filewriter import FileWriter
 from recovery.view import Piece, Progress, View
 from replicar.clock import Clock, SystemClock
 from replicar.errors import ConflictError, CorruptionError, PermanentError, ReplicarError
@@ -26,9 +28,9 @@ from replicar.formats import qcow2, vhd
 from replicar.formats.record import Disk
 from replicar.storage.store import PageBlobStore
 
-#: Blobs of the product itself; no output goes there.
 #: A VHD's own id among its blob's metadata: with the footer, which is written last, it says that the blob is whole.
 VHD_ID: Final = "replicar_vhd"
+#: Blobs of the product itself; no output goes there.
 RESERVED_PREFIX: Final = "machines/"
 #: A hole in a file costs a system call, which is about as long as copying 16 KiB takes.
 FILE_HOLE_BYTES: Final = 16 << 10
@@ -175,27 +177,10 @@ def written_at(view: View, disk: Disk, target: str, size_bytes: int, data_bytes:
 
 async def copy_to_file(view: View, disk: Disk, descriptor: int, progress: Progress | None = None) -> int:
     """Write the disk's data into a file that holds nothing but zeros; returns how much was written."""
-    written: list[int] = []  # of every chunk; threads append to it
-
-    def write(pieces: Sequence[Piece]) -> None:
-        written.append(write_pieces(descriptor, pieces))
-
-    await view.scatter(disk, write, progress=progress)
-    return sum(written)
-
-
-def write_pieces(descriptor: int, pieces: Sequence[Piece]) -> int:
-    """Write what is not zeros; returns its length."""
-    written = 0
-    for offset, data in pieces:
-        if len(data) <= GRANULE_BYTES:
-            write_at(descriptor, data, offset)
-            written += len(data)
-            continue
-        for start, end in held_stretches(data):
-            write_at(descriptor, data[start:end], offset + start)
-            written += end - start
-    return written
+    with write_context() as context:
+        writer = FileWriter(descriptor, context)
+        await view.scatter(disk, writer.write, progress=progress)
+    return writer.written_bytes
 
 
 def _write_places(descriptor: int, data: memoryview, places: Sequence[tuple[int, int, int]]) -> None:

@@ -134,12 +134,15 @@ def windows(
 
 def scattered(
     extents: ExtentMap, sizes: Mapping[int, int], *, window_bytes: int, block_bytes: int = BLOCK_BYTES
-) -> Iterator[tuple[Fetch, ...]]:
+) -> Iterator[Iterator[Fetch]]:
     """The plan for a disk's extents without a buffer between: `target` is where bytes go on the disk.
 
     Args:
         sizes: the chunk size of every segment that the extents name, by number.
         window_bytes: so much data is fetched before what follows it on the disk; at least one block.
+
+    Yields:
+        What belongs together, planned while it is taken.
     """
     data = _split_blocks(extents.data(), block_bytes)
     held = np.concatenate(([0], np.cumsum(data.end - data.start)))
@@ -147,7 +150,7 @@ def scattered(
     while left < len(data):
         right = max(int(np.searchsorted(held, held[left] + window_bytes, side="right")) - 1, left + 1)
         part = ExtentMap(data.start[left:right], data.end[left:right], data.segment[left:right], data.place[left:right])
-        yield tuple(_fetches(part, part.start, sizes))
+        yield _fetches(part, part.start, sizes)
         left = right
 
 

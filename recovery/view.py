@@ -4,9 +4,9 @@
 skip what is zeros; they hold at most `memory_bytes` of its data at a time (see `plan`) and open chunks in threads,
 some fetches under way at once. `copy` also overlaps filling the next window with writing the last one out, and uses
 its two buffers again and again: fresh memory costs as much in page faults as opening the chunks does. `scatter` has no
-buffers at all: every opened chunk goes where it belongs at once, in pieces as small as the writes once were. That is
-for files, whose page cache puts them together; storage wants few large requests, and a device would read the rest of
-a page that a piece does not fill.
+buffers at all: opened chunks go where they belong at once, in pieces as small as the writes once were. That is for
+files, whose page cache puts them together; storage wants few large requests, and a device would read the rest of a
+page that a piece does not fill.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -41,10 +42,13 @@ Piece = tuple[int, memoryview]
 Sink = Callable[[Sequence[Piece]], Awaitable[None]]
 #: Called with the bytes of data that are done, and all there are.
 Progress = Callable[[int, int], None]
-#: Called in threads, several at once, with the pieces of one chunk; the bytes are the callee's until it returns.
-Scatter = Callable[[Sequence[Piece]], None]
-#: Called in threads, several at once, with an opened chunk and what is wanted of it.
-_Use = Callable[[memoryview, Copies], None]
+#: Called in threads, several at once, with some opened chunks and what is wanted of each. The chunks may be kept.
+Scatter = Callable[[Sequence[memoryview], Sequence[Copies]], None]
+#: Called in threads, several at once, with the bytes that chunks from the given one on are sealed in.
+_Use = Callable[[Segment, int, Sequence[Copies], memoryview], None]
+#: Chunks are opened together up to so many bytes: the interpreter's part is paid once for them, and what was opened is
+#: still in the processor's cache when it is written.
+TOGETHER_BYTES: Final = 4 << 20
 
 
 class View:
@@ -182,9 +186,9 @@ class View:
         done.finish()
 
     async def scatter(self, disk: Disk, write: Scatter, *, progress: Progress | None = None) -> None:
-        """Hand every piece of the disk's data to `write` as its chunk is opened, some chunks at once, in no order.
+        """Hand all of the disk's data to `write` as its chunks are opened, TOGETHER_BYTES of them at once, in no order.
 
-        No byte of the disk comes twice. Pieces lie within two windows at a time, together as large as `copy` has
+        No byte of the disk comes twice. What comes lies within two windows at a time, together as large as `copy` has
         buffers: so much stays in the page cache, which puts it in order, and a chunk is opened once for each window
         that it has bytes in. When this returns or raises, no thread is in `write` any more; whatever that raises is
         raised here.
@@ -192,11 +196,14 @@ class View:
         done = _Done(await self.data_bytes(disk) if progress is not None else 0, progress, counts=1)
         slots = asyncio.Semaphore(2)  # the next window begins while the last fetches of one are under way
 
-        def use(data: memoryview, copies: Copies) -> None:
-            rows = zip(copies.source, copies.target, copies.length, strict=True)
-            write([(target, data[source : source + length]) for source, target, length in rows])
+        def use(found: Segment, first: int, wanted: Sequence[Copies], sealed: memoryview) -> None:
+            key = self._source.key(found)
+            together = max(TOGETHER_BYTES // found.table.header.chunk_bytes, 1)
+            for start in range(0, len(wanted), together):
+                some = wanted[start : start + together]
+                write(self._source.open_together(found, [each.chunk for each in some], sealed, first, key), some)
 
-        async def carry(fetches: Sequence[Fetch]) -> None:
+        async def carry(fetches: Iterable[Fetch]) -> None:
             await self._open(fetches, use, done.add)
             slots.release()
 
@@ -232,27 +239,34 @@ class View:
                 yield window
 
     async def _fill(self, window: Window, out: memoryview, opened: Callable[[int], None]) -> None:
-        def copy_out(data: memoryview, copies: Copies) -> None:
-            for source, target, length in zip(copies.source, copies.target, copies.length, strict=True):
-                out[target : target + length] = data[source : source + length]
+        def copy_out(found: Segment, first: int, wanted: Sequence[Copies], sealed: memoryview) -> None:
+            key = self._source.key(found)
+            for copies in wanted:
+                data = memoryview(self._source.open_one(found, copies.chunk, sealed, first, key))
+                for source, target, length in zip(copies.source, copies.target, copies.length, strict=True):
+                    out[target : target + length] = data[source : source + length]
 
         await self._open(window.fetches, copy_out, opened)
 
-    async def _open(self, fetches: Sequence[Fetch], use: _Use, used: Callable[[int], None]) -> None:
-        """Have all chunks of some fetches opened and used, in threads; `used` is told how many bytes were."""
-        segments = await self.state.segments.load(fetch.segment for fetch in fetches)
+    async def _open(self, fetches: Iterable[Fetch], use: _Use, used: Callable[[int], None]) -> None:
+        """Have `use` open and use all chunks of some fetches, in threads; `used` is told how many bytes were."""
         try:
             async with asyncio.TaskGroup() as group:
                 for fetch in fetches:
-                    found = segments[fetch.segment]
-                    by_chunk = {copies.chunk: copies for copies in fetch.copies}
-                    for first, last in close_together(found, list(by_chunk)):
-                        wanted = [copies for index, copies in by_chunk.items() if first <= index <= last]
-                        group.create_task(self._bring(found, first, last, wanted, use, used))
+                    group.create_task(self._bring(fetch, use, used))
+                    await asyncio.sleep(0)  # the first chunks are opened while the rest is planned
         except BaseExceptionGroup as failed:
             raise first_error(failed) from None
 
-    async def _bring(
+    async def _bring(self, fetch: Fetch, use: _Use, used: Callable[[int], None]) -> None:
+        found = await self.state.segments.get(fetch.segment)
+        by_chunk = {copies.chunk: copies for copies in fetch.copies}
+        async with asyncio.TaskGroup() as group:
+            for first, last in close_together(found, list(by_chunk)):
+                wanted = [copies for index, copies in by_chunk.items() if first <= index <= last]
+                group.create_task(self._visit(found, first, last, wanted, use, used))
+
+    async def _visit(
         self,
         found: Segment,
         first: int,
@@ -261,12 +275,7 @@ class View:
         use: _Use,
         used: Callable[[int], None],
     ) -> None:
-        def open_and_use(sealed: memoryview) -> None:
-            key = self._source.key(found)
-            for copies in wanted:
-                use(memoryview(self._source.open_one(found, copies.chunk, sealed, first, key)), copies)
-
-        await self._source.visit(found, first, last, open_and_use)
+        await self._source.visit(found, first, last, partial(use, found, first, wanted))
         used(sum(sum(copies.length) for copies in wanted))
 
 

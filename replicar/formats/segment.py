@@ -84,6 +84,7 @@ __all__ = [
     "finish",
     "index_bytes",
     "open_chunk",
+    "open_chunks",
     "open_table",
     "read_header",
     "seal",
@@ -299,21 +300,53 @@ def open_chunk(table: SegmentTable, index: int, sealed_chunk: Buffer, key: bytes
     Raises:
         CorruptionError: wrong key, altered bytes, or a length that does not fit.
     """
-    header = table.header
-    number = header.position.number
-    sealed_bytes, codec, tag = PACK_CHUNK.unpack(table.chunks[index].tobytes())
-    raw_bytes = min(header.chunk_bytes, header.raw_bytes - index * header.chunk_bytes)
+    number = table.header.position.number
     what = f"chunk {index} of segment {number}"
-    if len(sealed_chunk) != sealed_bytes or bytes(sealed_chunk[-TAG_BYTES:]) != tag:
-        raise CorruptionError(f"{what} is not the one its table names", number=number)
-    associated = cipher.chunk_data(header.position, index, raw_bytes, codec)
-    opener = key if isinstance(key, AESGCM) else open_key(header, key)
-    data = cipher.open_section(opener, index + 1, sealed_chunk, associated, what, number)
+    data, codec, raw_bytes = _decrypted(table, index, sealed_chunk, key, what)
     if codec == CODEC_ZSTD:
         data = cipher.decompress(data, raw_bytes, what, number)
     if len(data) != raw_bytes:
         raise CorruptionError(f"{what} has {len(data)} bytes, not {raw_bytes}", number=number)
     return data
+
+
+def open_chunks(
+    table: SegmentTable, indices: Sequence[int], sealed_chunks: Sequence[Buffer], key: bytes | AESGCM
+) -> list[memoryview]:
+    """As `open_chunk` for some chunks, which are decompressed in one call and stay in memory together.
+
+    Raises:
+        CorruptionError: one of them can't be opened; `open_chunk` tells which.
+    """
+    opened: list[memoryview | None] = []
+    frames: list[bytes | bytearray | memoryview] = []
+    sizes: list[int] = []
+    what = f"one of {len(indices)} chunks of segment {table.header.position.number}"
+    for index, sealed in zip(indices, sealed_chunks, strict=True):
+        data, codec, raw_bytes = _decrypted(table, index, sealed, key, what)
+        if codec == CODEC_ZSTD:
+            frames.append(data)
+            sizes.append(raw_bytes)
+        elif len(data) != raw_bytes:
+            raise CorruptionError(f"{what} has {len(data)} bytes, not {raw_bytes}")
+        opened.append(None if codec == CODEC_ZSTD else memoryview(data))
+    decompressed = iter(cipher.decompress_together(frames, sizes))
+    return [next(decompressed) if data is None else data for data in opened]
+
+
+def _decrypted(
+    table: SegmentTable, index: int, sealed_chunk: Buffer, key: bytes | AESGCM, what: str
+) -> tuple[bytes, int, int]:
+    """A chunk as it was compressed, its codec, and how many bytes it has when it is not."""
+    header = table.header
+    number = header.position.number
+    sealed_bytes, codec, tag = PACK_CHUNK.unpack(table.chunks[index].tobytes())
+    raw_bytes = min(header.chunk_bytes, header.raw_bytes - index * header.chunk_bytes)
+    if len(sealed_chunk) != sealed_bytes or bytes(sealed_chunk[-TAG_BYTES:]) != tag:
+        raise CorruptionError(f"{what} is not the one its table names", number=number)
+    associated = cipher.chunk_data(header.position, index, raw_bytes, codec)
+    opener = key if isinstance(key, AESGCM) else open_key(header, key)
+    return cipher.open_section(opener, index + 1, sealed_chunk, associated, what, number), codec, raw_bytes
 
 
 def check_run(table: SegmentTable, raw: Buffer) -> None:

@@ -7,6 +7,7 @@ import struct
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -61,7 +62,14 @@ def _open(data: bytes, key: bytes = KEY) -> tuple[SegmentTable, bytes]:
     edges = [int(edge) for edge in table.chunk_offsets]
     parts = [segment.open_chunk(table, i, data[edges[i] : edges[i + 1]], key) for i in range(header.chunk_count)]
     segment.check_run(table, b"".join(parts))
+    assert _open_together(table, data, key) == parts
     return table, b"".join(parts)
+
+
+def _open_together(table: SegmentTable, data: bytes, key: bytes = KEY) -> list[memoryview]:
+    edges = table.chunk_offsets.tolist()
+    sealed = [data[start:end] for start, end in pairwise(edges)]
+    return segment.open_chunks(table, range(len(sealed)), sealed, key)
 
 
 def _writes(count: int, first: int = 1, payload: bytes = b"") -> bytes:
@@ -181,6 +189,27 @@ def test_chunks_of_one_segment_cannot_be_exchanged() -> None:
         segment.open_chunk(table, 0, data[edges[1] : edges[2]], KEY)
     with pytest.raises(CorruptionError):
         segment.open_chunk(forged, 0, data[edges[1] : edges[2]], KEY)
+
+
+@pytest.mark.parametrize("level", [None, 3])
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_of_chunks_opened_together_none_may_be_altered(level: int | None, chunk: int) -> None:
+    data, _ = _seal([_writes(16, payload=b"s" * 8192)], level=level, chunk_bytes=4096)
+    table, _ = _open(data)
+    altered = bytearray(data)
+    altered[int(table.chunk_offsets[chunk])] ^= 1
+    with pytest.raises(CorruptionError):
+        _open_together(table, bytes(altered))
+
+
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((4096, 4095), id="one is longer"), pytest.param((4096, 4097), id="one is shorter")]
+)
+def test_frames_decompressed_together_have_the_sizes_that_are_said(sizes: tuple[int, int]) -> None:
+    frames: list[bytes | bytearray | memoryview] = [zstandard.compress(b"s" * 4096)] * 2
+    with pytest.raises(CorruptionError, match="one of 2 frames"):
+        cipher.decompress_together(frames, list(sizes))
+    assert cipher.decompress_together(frames, [4096, 4096]) == [b"s" * 4096] * 2
 
 
 def test_a_digest_vouches_for_everything_before_it() -> None:

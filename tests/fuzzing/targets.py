@@ -100,8 +100,10 @@ def fuzz_segment(data: bytes) -> None:
     table = segment.open_table(fitted, key.encrypt(cipher.nonce(0), packed, fitted.pack()), sample.DATA_KEY)
     table.payload_places()
     edges = [int(edge) for edge in table.chunk_offsets]
+    sealed = [_SEGMENT[edges[number] : edges[number + 1]] for number in range(fitted.chunk_count)]
+    segment.open_chunks(table, range(fitted.chunk_count), sealed, sample.DATA_KEY)
     for number in range(fitted.chunk_count):
-        segment.open_chunk(table, number, _SEGMENT[edges[number] : edges[number + 1]], sample.DATA_KEY)
+        segment.open_chunk(table, number, sealed[number], sample.DATA_KEY)
 
 
 def fuzz_vhd(data: bytes) -> None:

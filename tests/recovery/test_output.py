@@ -16,8 +16,9 @@ import pytest
 
 from recovery.files import held_stretches
 from recovery.output import Written, write_raw_file, write_vhd_blob, write_vhd_file
+from recovery.plan import Copies
 from recovery.points import Latest, locate
-from recovery.view import Piece, View
+from recovery.view import View
 from replicar.errors import CorruptionError, PermanentError
 from replicar.formats import segment, vhd
 from replicar.storage import PageBlobStore, is_missing
@@ -227,11 +228,11 @@ async def test_who_is_interrupted_waits_for_the_threads_that_write(built: LogBui
     went: list[int] = []
     entered, released = threading.Event(), threading.Event()
 
-    def write(pieces: Sequence[Piece]) -> None:
-        came.append(len(pieces))
+    def write(chunks: Sequence[memoryview], wanted: Sequence[Copies]) -> None:
+        came.append(len(chunks))
         entered.set()
         released.wait(60)
-        went.append(len(pieces))
+        went.append(len(wanted))
 
     task = asyncio.create_task(view.scatter(view.disks[0], write))
     assert await asyncio.to_thread(entered.wait, 60)

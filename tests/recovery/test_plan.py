@@ -83,7 +83,7 @@ def test_without_a_buffer_every_byte_goes_to_the_disk_once_and_windows_follow_ea
     extents, known = painted(rows), segments(16, 7, 64)
     planned: dict[int, tuple[int, int]] = {}
     for fetches in scattered(extents, known, window_bytes=window_bytes, block_bytes=BLOCK):
-        window = placed(fetches, known)
+        window = placed(list(fetches), known)
         assert 0 < len(window) <= window_bytes
         assert not planned or max(planned) < min(window)
         planned |= window
