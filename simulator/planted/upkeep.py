@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from config_server import rounds
 from recovery import folding, retention
 from recovery.history import History
 from recovery.index import State
@@ -30,6 +31,15 @@ def past_ages_by_the_clock() -> Names:
         return now_ns
 
     return ((folding, "aged_from", aged_from), (retention, "aged_from", aged_from))
+
+
+def clock_set_back_puts_off() -> Names:
+    """What is due at a time by a clock that was ahead waits for that time, when the clock is right again."""
+
+    def follow_set_back(connection: Any, *, now_ns: int, latest_ns: int) -> None:
+        return None
+
+    return ((rounds, "_follow_set_back", follow_set_back),)
 
 
 def pins_are_not_looked_at() -> Names:

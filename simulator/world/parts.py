@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +22,9 @@ from config_server.api import Context
 from config_server.bells import Bells
 from config_server.events import Events
 from config_server.registry import RegistryThread
+from config_server.rounds import ROUND_SECONDS, Rounds
+from config_server.timed import Timed
+from config_server.troubles import Troubles
 from config_server.vault import REGISTRY_FILE, Vault
 from mobility_agent.service import Service
 from mobility_agent.settings import AgentSettings, DiskSettings
@@ -41,6 +45,8 @@ NBD_PORT: Final = 10809
 SERVER_PORT: Final = 9443
 #: What reports come after when nothing happens; news travel at once.
 HEARTBEAT_SECONDS: Final = 20.0
+#: Of the config server, for the audit of what it does by the clock.
+CONFIG_SERVER_ID: Final = uuid.UUID(int=1, version=4)
 #: As the product's, with a shorter end: a story is a minute long.
 RETRIES: Final = RetryPolicy(attempts=4, base_seconds=0.25, longest_seconds=5.0, deadline_seconds=30.0)
 _TARGET: Final = StorageTarget(
@@ -112,7 +118,8 @@ async def run_config(
         )
         service = services[process.machine.name] = ControlService(process, context)
         listening(service)
-        await asyncio.Event().wait()
+        rounds = Rounds(registry, vault, bells, clock, CONFIG_SERVER_ID)
+        await Timed("the rounds", ROUND_SECONDS, rounds.go, Troubles(), clock).run()
 
 
 @lru_cache(maxsize=64)
