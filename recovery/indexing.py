@@ -6,6 +6,10 @@ see `tierwriter`) and the checkpoint that names it, in this order; so a run that
 which folding removes, and the next one does the work again. Two at work at once make the same thing twice, which costs
 space until the next fold and nothing else: whichever of two equal checkpoints is used, the bytes are the same.
 
+A fold that somebody makes meanwhile gives up what this run may stand on, and frees it ten minutes later (`folding`).
+So before a checkpoint is written, and when something is not there, it is seen whether the fold is still the one by
+which the run began; if not, the run ends, and the next goes on from the last checkpoint.
+
 Only what can't be replaced any more is indexed: what was reported as stored, or was verified to its last byte.
 
 Memory: CHECKPOINT_SEGMENTS tables, and a slice of a merge.
@@ -27,8 +31,9 @@ from recovery.requests import Latest
 from recovery.tiers import read_tier
 from recovery.tierwriter import to_merge, write_tier
 from replicar.clock import Clock
+from replicar.errors import CorruptionError, FencedError, PermanentError
 from replicar.formats.indexblob import BlobKind, IndexHeader, IndexName
-from replicar.log.index import Fold, open_index, open_root
+from replicar.log.index import Fold, LogIndex, open_index, open_root
 from replicar.log.reader import LogReader, Start
 from replicar.log.tail import Stored, sound_tail
 
@@ -64,31 +69,58 @@ async def make_index(
         made: told after every segment how far it is, and how far there is to go.
 
     Raises:
+        FencedError: somebody else folded it meanwhile.
         PermanentError: there is no log of this machine.
         CorruptionError: the log is damaged.
     """
     author = await Author.of(log, clock, random)
     known = await open_index(log.store, log.machine_id, log.keys)
+    try:
+        return await _go_on(author, known, stored, every, made or _ignore)
+    except (CorruptionError, PermanentError):  # what it stands on is not there, or what it was about to write
+        await _check_unfolded(log, known.fold)
+        raise
+
+
+async def _go_on(
+    author: Author, known: LogIndex, stored: Stored, every: int, made: Callable[[int, int], None]
+) -> Indexed:
+    """From the newest checkpoint to the last segment that may be indexed."""
+    log = author.log
     base = await base_of(known, Latest())
     index = await Index.on(log, base) if base is not None else Index(log)
-    start = base.start if base is not None else None
     result = Indexed(segment=base.number if base else 0, sequence=base.place.sequence if base else 0)
     result.tail = (await sound_tail(LogReader(log.store, log.machine_id, log.keys), stored)).number
     reader, source = LogReader(log.store, log.machine_id, log.keys), ChunkSource(log)
-    async for found in reader.segments(after=start):
+    async for found in reader.segments(after=base.start if base is not None else None):
         if found.number > result.tail:
             break
         index.apply(found, await read_records(source, found))
         result.segments += 1
         if index.fresh_segments >= every:
             trim(index, known.fold)
+            await _check_unfolded(log, known.fold)
             name, written = await write_checkpoint(author, index, reader.place)
             result.checkpoints.append(str(name))
             result.written_bytes += written
             result.segment, result.sequence = reader.tail.number, reader.tail.sequence
-        if made is not None:
-            made(found.number, result.tail)
+        made(found.number, result.tail)
     return result
+
+
+async def _check_unfolded(log: MachineLog, fold: Fold) -> None:
+    """Raises FencedError if somebody made a newer fold."""
+    now = (await open_index(log.store, log.machine_id, log.keys)).fold
+    if now.generation != fold.generation:
+        raise FencedError(
+            f"somebody else made fold {now.generation} of the log of machine {log.machine_id} while it was indexed",
+            hint="nothing to do; the next run goes on from the last checkpoint",
+            generation=now.generation,
+        )
+
+
+def _ignore(done: int, total: int) -> None:
+    return None
 
 
 async def write_checkpoint(author: Author, index: Index, start: Start | None) -> tuple[IndexName, int]:

@@ -48,7 +48,7 @@ async def keep_up(
     """Index, then fold; without a policy index alone.
 
     Raises:
-        FencedError: somebody else folds it just now; the index is up to date.
+        FencedError: somebody else folds it just now, or did while it was indexed.
         PermanentError: there is no log of this machine.
         CorruptionError: log or index are damaged; nothing was given up.
     """

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 from replicar.errors import CorruptionError
 from replicar.formats import frame, logblob, sections
+from replicar.formats.segment import Position
 from replicar.storage.memory import MemoryStore
 from replicar.storage.store import PAGE_BYTES, Pages
 
@@ -29,7 +30,7 @@ class Ledger:
         self.freed = 0  # how often something of a log was cleared or deleted
         self.copy: MemoryStore | None = None
         self._reached: dict[uuid.UUID, int] = {}
-        self._spans: dict[uuid.UUID, list[tuple[int, int]]] = {}
+        self._spans: dict[uuid.UUID, list[Position]] = {}
         self._newest: dict[uuid.UUID, tuple[int, int]] = {}
         self._salts: dict[bytes, tuple[int, int, int, bytes]] = {}
 
@@ -57,14 +58,23 @@ class Ledger:
         self.copy._blobs = {}
 
     def stored_until(self, machine_id: uuid.UUID) -> int:
-        """The last sequence before the first hole."""
+        """The last sequence before the first hole of the chain, in which the newest run has the say from where it
+        begins: what an older one had behind a hole there is nothing any more."""
         if machine_id in self._reached:
             return self._reached[machine_id]
+        chain: dict[int, Position] = {}
+        run = (0, 0)
+        for position in self._spans.get(machine_id, ()):
+            if (position.epoch, position.run) != run:
+                run = (position.epoch, position.run)
+                chain = {number: known for number, known in chain.items() if number < position.number}
+            chain[position.number] = position
         reached = 0
-        for first, last in self._spans.get(machine_id, ()):
-            if first > reached + 1 and not frame.may_begin_anew(first):
+        for number, position in enumerate(chain.values(), 1):
+            first = position.first_sequence
+            if position.number != number or (first > reached + 1 and not frame.may_begin_anew(first)):
                 break
-            reached = max(reached, last)
+            reached = max(reached, position.last_sequence)
         self._reached[machine_id] = reached
         return reached
 
@@ -79,7 +89,8 @@ class Ledger:
         self.segments += 1
         position = header.position
         self._reached.pop(machine_id, None)
-        insort(self._spans.setdefault(machine_id, []), (position.first_sequence, position.last_sequence))
+        spans = self._spans.setdefault(machine_id, [])
+        insort(spans, position, key=lambda known: (known.epoch, known.run, known.number))
         content = (position.number, position.first_sequence, position.last_sequence, data)
         known = self._salts.setdefault(header.salt, content)
         if known != content:
