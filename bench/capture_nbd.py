@@ -26,8 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from bench import writes
 from replicar.errors import PermanentError
 from simulator.child import Child
+from simulator.workloads import Kind, Workload
 
 TIB: Final = 1 << 40
 READY_SECONDS: Final = 60.0
@@ -40,14 +42,13 @@ class Load:
     """What fio does, and which of its figures counts."""
 
     name: str
-    pattern: str
-    block_bytes: int
+    workload: Workload
     depth: int
     figure: str
 
 
-RANDOM: Final = Load("nbd_iops", "randwrite", 4096, 16, "iops")
-SEQUENTIAL: Final = Load("nbd_sequential", "write", 128 << 10, 4, "bw_bytes")
+RANDOM: Final = Load("nbd_iops", writes.named(Kind.UNIFORM, 4096), 16, "iops")
+SEQUENTIAL: Final = Load("nbd_sequential", writes.named(Kind.SEQUENTIAL, 128 << 10), 4, "bw_bytes")
 
 
 def run(directory: Path, *, seconds: float, rounds: int, image_bytes: int) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _wait(socket: Path, child: Child) -> None:
 def _fio(load: Load, socket: Path, export: str, seconds: float) -> float:
     command = [
         *("fio", f"--name={load.name}", "--ioengine=nbd", f"--uri=nbd+unix:///{export}?socket={socket}"),
-        *(f"--rw={load.pattern}", f"--bs={load.block_bytes}", f"--iodepth={load.depth}", "--time_based"),
+        *(*writes.fio_options(load.workload), f"--iodepth={load.depth}", "--time_based"),
         *(f"--runtime={seconds:g}", "--ramp_time=0.5", "--randrepeat=0", "--output-format=json"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=False, cwd=socket.parent)

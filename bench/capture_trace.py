@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from bench import writes
 from bench.capture_nbd import RANDOM, SEQUENTIAL, Load, agent, fill
 from mobility_agent.capture.fuse import session
 from replicar.errors import PermanentError
@@ -160,7 +161,7 @@ def _looped(file: Path) -> Iterator[Path]:
 def _fio(load: Load, device: Path, seconds: float) -> float:
     said = _run(
         *("fio", f"--name={load.name}", f"--filename={device}", "--ioengine=libaio", "--direct=1", "--time_based"),
-        *(f"--rw={load.pattern}", f"--bs={load.block_bytes}", f"--iodepth={load.depth}", f"--runtime={seconds:g}"),
+        *(*writes.fio_options(load.workload), f"--iodepth={load.depth}", f"--runtime={seconds:g}"),
         *("--ramp_time=0.5", "--randrepeat=0", "--output-format=json"),
     )
     found: dict[str, Any] = json.loads(said[said.index("{") :])

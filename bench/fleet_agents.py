@@ -23,12 +23,13 @@ import ssl
 import time
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
 import uvloop
 
-from bench import data as content
+from bench import data as content, writes
 from replicar.control.identity import Identity
 from replicar.errors import ReplicarError
 from replicar.formats import frame, record, wire
@@ -36,6 +37,8 @@ from replicar.formats.frame import Flag, Kind
 from replicar.formats.wire import Ack, Hello, Refusal, Resend, Welcome
 from replicar.memory import keep_memory
 from replicar.tls import Role, client_context, server_name
+from simulator import workloads
+from simulator.workloads import Workload
 
 WRITE_BYTES: Final = 4096
 #: Bytes that an agent holds until they are stored.
@@ -44,6 +47,9 @@ LOG_BYTES: Final = 16 << 20
 GREEDY_LOG_BYTES: Final = 128 << 20
 GREEDY_FRAME_BYTES: Final = 512 << 10
 DISK_BYTES: Final = 1 << 40
+#: What a machine's application does; the places are drawn once, and every frame takes some that follow each other.
+WORKLOAD: Final = Workload(workloads.Kind.UNIFORM, block_bytes=(WRITE_BYTES,))
+PLACES: Final = 8192
 DATA_BYTES: Final = 16 << 20
 #: Pauses between connections, drawn evenly, so that a thousand agents are not one wave.
 RECONNECT_SECONDS: Final = (0.2, 1.5)
@@ -54,7 +60,9 @@ HANDSHAKES: Final = 8
 class LightAgent(asyncio.Protocol):
     """One machine; the protocol of whichever connection it has."""
 
-    def __init__(self, identity: Identity, pool: memoryview, frame_bytes: int, draw: random.Random) -> None:
+    def __init__(
+        self, identity: Identity, pool: memoryview, places: Sequence[int], frame_bytes: int, draw: random.Random
+    ) -> None:
         self.machine_id = identity.id
         self.identity = identity
         self.frame_bytes = frame_bytes
@@ -63,7 +71,7 @@ class LightAgent(asyncio.Protocol):
         self.streaming = asyncio.Event()
         self.lost = asyncio.Event()
         self.refusal = ""
-        self._pool, self._draw = pool, draw
+        self._pool, self._places, self._draw = pool, places, draw
         self._log: deque[tuple[int, int, bytes]] = deque()  # first and next sequence, the frame
         self._held = 0
         self._next = 1
@@ -83,21 +91,21 @@ class LightAgent(asyncio.Protocol):
 
     def capture(self) -> None:
         """A frame of writes happens now."""
-        writes = self.frame_bytes // WRITE_BYTES
+        count = self.frame_bytes // WRITE_BYTES
         start = self._draw.randrange((DATA_BYTES - self.frame_bytes) // WRITE_BYTES) * WRITE_BYTES
         now = time.time_ns()
-        first = self._draw.randrange(DISK_BYTES // WRITE_BYTES - writes)
+        first = self._draw.randrange(len(self._places) - count)
         table = b"".join(
             frame.describe(
                 Kind.WRITE,
-                offset=(first + index) * WRITE_BYTES,
+                offset=offset,
                 length=WRITE_BYTES,
                 time_ns=now,
                 place=index * WRITE_BYTES,
             )
-            for index in range(writes)
+            for index, offset in enumerate(self._places[first : first + count])
         )
-        self._add(table, self._pool[start : start + writes * WRITE_BYTES], writes)
+        self._add(table, self._pool[start : start + count * WRITE_BYTES], count)
         self.captured_bytes += self.frame_bytes
         self._send()
 
@@ -212,8 +220,9 @@ async def greedy(agent: LightAgent, stop: asyncio.Event) -> None:
 async def run(options: argparse.Namespace) -> dict[str, Any]:
     """All agents of this process, from their connections to the last of their bytes being stored."""
     draw, pool = random.Random(options.seed), content.mixed(DATA_BYTES)
+    places = list(writes.places(WORKLOAD, DISK_BYTES, PLACES))
     agents = [
-        LightAgent(Identity.load(options.identities / name), pool, options.frame_kib << 10, draw)
+        LightAgent(Identity.load(options.identities / name), pool, places, options.frame_kib << 10, draw)
         for name in options.names
     ]
     if options.greedy:
