@@ -36,6 +36,9 @@ MIN_MEMORY_BYTES: Final = 128 << 20
 MAX_MEMORY_BYTES: Final = 2 << 30
 #: Batches handed out at once by `copy`; Azure's 60 MiB/s a blob is reached with four requests of 4 MiB.
 SINKS: Final = 4
+#: Chunks are opened together up to so many bytes: the interpreter's part is paid once for them, and what was opened is
+#: still in the processor's cache when it is written.
+TOGETHER_BYTES: Final = 4 << 20
 #: An offset on the disk and the bytes there.
 Piece = tuple[int, memoryview]
 #: Called with some pieces of together at most 4 MiB; the bytes are the callee's until it returns.
@@ -46,9 +49,6 @@ Progress = Callable[[int, int], None]
 Scatter = Callable[[Sequence[memoryview], Sequence[Copies]], None]
 #: Called in threads, several at once, with the bytes that chunks from the given one on are sealed in.
 _Use = Callable[[Segment, int, Sequence[Copies], memoryview], None]
-#: Chunks are opened together up to so many bytes: the interpreter's part is paid once for them, and what was opened is
-#: still in the processor's cache when it is written.
-TOGETHER_BYTES: Final = 4 << 20
 
 
 class View:
