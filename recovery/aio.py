@@ -83,7 +83,7 @@ class WriteContext:
 
     def __init__(self) -> None:
         calls = _CALLS.get(platform.machine())
-        if calls is None:
+        if calls is None or ctypes.sizeof(ctypes.c_long) != _EVENT["result"].itemsize:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         setup, self._collect, self._submit = calls
         self.is_used = False  # still true after a `write`: it failed, and nobody knows what is under way
