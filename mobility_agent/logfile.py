@@ -16,7 +16,7 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Final
 
-from replicar.errors import LimitError, PermanentError
+from replicar.errors import CorruptionError, LimitError, PermanentError
 from replicar.formats import changelog, frame
 from replicar.formats.changelog import FRAMES_OFFSET, ChangeLogHeader, Scan
 
@@ -148,7 +148,11 @@ class LogFile:
         self.dirty = True
 
     def frames_from(self, sequence: int, most_bytes: int) -> memoryview | None:
-        """Whole frames from the one that holds `sequence` on: at least one, else at most `most_bytes`."""
+        """Whole frames from the one that holds `sequence` on: at least one, else at most `most_bytes`.
+
+        Raises:
+            CorruptionError: a header is damaged, so that it can't be told where the next frame begins.
+        """
         if not self.first_sequence <= sequence < self.next_sequence:
             return None
         row = bisect_right(self._index_sequences, sequence) - 1
@@ -196,9 +200,18 @@ class LogFile:
                 os.close(self._fd)
 
     def _lengths(self, offset: int) -> tuple[int, int]:
-        payload_bytes, count = _LENGTHS.unpack_from(self.data, offset + 8)
-        table_bytes: int = count * frame.DESCRIPTOR_BYTES
-        return frame.HEADER_BYTES + frame.padded(payload_bytes) + table_bytes, count
+        """Of the frame at `offset`: its length, in bytes, and its descriptors. Its checksum is its reader's matter."""
+        if offset + frame.HEADER_BYTES <= self.sealed_end:
+            payload_bytes, count = _LENGTHS.unpack_from(self.data, offset + 8)
+            length: int = frame.HEADER_BYTES + frame.padded(payload_bytes) + count * frame.DESCRIPTOR_BYTES
+            if offset + length <= self.sealed_end:
+                return length, count
+        raise CorruptionError(
+            f"the change log {self.path} was damaged since it was written: no frame is at byte {offset}",
+            hint="look for a fault of the disk that it is on; after a restart what it held is compared with the disks",
+            path=str(self.path),
+            offset=offset,
+        )
 
 
 def _sync_directory(directory: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Final, Protocol, cast
 
 from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.host import Host
+from mobility_agent.capture.peers import has_left
 from mobility_agent.capture.reading import Reader, invalid
 from mobility_agent.capture.writing import Writer
 from replicar.formats.frame import SECTOR_BYTES, Kind
@@ -122,6 +123,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _resume(self) -> None:
         if self._closing or self._paused or self._recording or self._holding:
+            return
+        # What a client had sent and left was never answered, and by now another write may stand where it would go: that
+        # of the same application, come back over another connection.
+        if self._greeting is None and has_left(self._transport):
+            self._hang_up("left while it was held")
             return
         self._transport.resume_reading()
         if self._greeting is None and self._log.buffer(self, 0) is None:

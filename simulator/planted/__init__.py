@@ -83,6 +83,7 @@ ONCE: Final[Mapping[str, Bug]] = {
     "dropped_pages_are_believed": _bug(agent.dropped_pages_are_believed, "sync_errors", "machine_power"),
     "failed_flush_is_forgotten": _bug(agent.failed_flush_is_forgotten, "sync_errors", "machine_power"),
     "extents_are_retired": _bug(agent.extents_are_retired, "storage_away", "machine_power", workload=_HEAVY),
+    "who_left_is_heard": _bug(agent.who_left_is_heard, "group_slow", "group_cut_off", "application_killed"),
     "clock_set_back_puts_off": _bug(upkeep.clock_set_back_puts_off, "clock_jumps", "folder_killed"),
 }
 

@@ -16,6 +16,7 @@ from mobility_agent.sender import Sender
 from mobility_agent.touched import NO_RANGES, TouchedRegions
 from replicar.formats import record
 from replicar.formats.frame import Flag, Kind
+from simulator.world.connections import End
 
 Names = tuple[tuple[Any, str, Any], ...]
 
@@ -157,3 +158,8 @@ def digests_are_kept() -> Names:
         """They stay."""
 
     return ((Digests, "observe", observe),)
+
+
+def who_left_is_heard() -> Names:
+    """What a client had sent before it left is carried out whenever it is read, over what was written since."""
+    return ((End, "is_left", property(lambda end: False)),)

@@ -190,6 +190,11 @@ class End(asyncio.Transport):
     def can_write_eof(self) -> bool:
         return False
 
+    @property
+    def is_left(self) -> bool:
+        """Whether the other end has closed, whatever it sent before and was not read."""
+        return None in self._waiting
+
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self.protocol = protocol
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mobility_agent import core
+from mobility_agent.capture import connection
 from replicar.control import client
 from simulator.world import cast
 from simulator.world.blobs import STORAGE, BlobService
@@ -187,7 +188,12 @@ def standing(seed: int) -> Iterator[World]:
 
 
 def _names(world: World) -> tuple[tuple[Any, str, Any], ...]:
-    return ((client, "Transport", ControlTransport), (core, "boot_id", _boot_id), *world.versions.names())
+    return (
+        (client, "Transport", ControlTransport),
+        (core, "boot_id", _boot_id),
+        (connection, "has_left", lambda end: end.is_left),
+        *world.versions.names(),
+    )
 
 
 def _boot_id() -> bytes:

@@ -15,6 +15,7 @@ from mobility_agent.groups import COMMAND_KIND, Groups
 from mobility_agent.marks import Marks
 from replicar.clock import SystemClock
 from replicar.control.messages import Command, GroupVerdict
+from replicar.errors import TransientError
 from replicar.formats import record
 from replicar.formats.frame import Kind
 from replicar.formats.record import Consistency
@@ -87,6 +88,23 @@ async def test_a_client_that_connects_meanwhile_waits_too(tmp_path: Path) -> Non
             writing = asyncio.create_task(client.write(0, b"b" * 4096))
             await asyncio.sleep(0.2)
             assert not writing.done()
+            await groups.judge(verdict(complete=True))
+            await asyncio.wait_for(writing, 5)
+        assert marked(core) == [(Kind.MARK, "together"), (Kind.WRITE, "b")]
+
+
+async def test_what_a_client_sent_and_left_is_not_written_over_what_the_next_one_wrote(tmp_path: Path) -> None:
+    async with grouped(tmp_path) as (core, groups, _):
+        dead = await NbdClient.connect(core.socket)
+        await groups.carry_out(command())
+        lost = asyncio.create_task(dead.write(0, b"a" * 4096))
+        await asyncio.sleep(0.2)
+        dead.abort()
+        with pytest.raises(TransientError):
+            await lost
+        async with await NbdClient.connect(core.socket) as client:
+            writing = asyncio.create_task(client.write(0, b"b" * 4096))
+            await asyncio.sleep(0.2)
             await groups.judge(verdict(complete=True))
             await asyncio.wait_for(writing, 5)
         assert marked(core) == [(Kind.MARK, "together"), (Kind.WRITE, "b")]

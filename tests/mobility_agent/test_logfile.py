@@ -6,13 +6,15 @@ import errno
 import os
 import threading
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from mobility_agent.logfile import LogFile, unmap
-from replicar.errors import LimitError
-from replicar.formats import changelog
+from replicar.errors import CorruptionError, LimitError
+from replicar.formats import changelog, frame
+from replicar.formats.frame import Kind
 
 FILE_BYTES = changelog.MIN_FILE_BYTES
 
@@ -23,6 +25,26 @@ def make(path: Path) -> LogFile:
 
 def open_descriptors() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("bit", range(64))
+def test_a_header_that_is_damaged_while_the_file_is_open_leads_nowhere(tmp_path: Path, bit: int) -> None:
+    file = make(tmp_path / "a.hrl")
+    table = frame.describe(Kind.WRITE, offset=0, length=512, time_ns=1)
+    data = b""
+    for sequence in (1, 2, 3):
+        data = frame.build_frame(file.header.machine_id, sequence, table, bytes(512))
+        file.data[file.sealed_end : file.sealed_end + len(data)] = data
+        file.sealed(len(data), sequence + 1)
+    lengths = file.sealed_end - len(data) * 2 + 8  # of the second frame's payload and table
+    file.data[lengths + bit // 8] ^= 1 << bit % 8
+    try:
+        with suppress(CorruptionError):
+            found = file.frames_from(3, 1 << 20)
+            assert found is not None
+            frame.read_frame(found)
+    finally:
+        file.close()
 
 
 def test_a_file_retired_before_its_sync_began_needs_none(tmp_path: Path) -> None:
