@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from config_server import alerts, lives, parties, policies, upkeep
+from config_server import alerts, lives, parties, policies, setbacks, upkeep
 from config_server.bells import EVERYBODY, Bells, Topic
 from config_server.jobs import book, opening, own
 from config_server.registry import RegistryThread
@@ -25,8 +25,6 @@ from replicar.control.messages import Job, JobKind, JobRequest, LifeState
 from replicar.errors import CorruptionError, ReplicarError
 
 ROUND_SECONDS: Final = 30.0
-#: A clock that is this much behind what it was, or behind what the registry knows of, was set back.
-SET_BACK_NS: Final = 10**9
 #: Who asked for what nobody asked for.
 BY_THE_CLOCK: Final = "schedule"
 _DAY_NS: Final = 86_400 * 10**9
@@ -56,16 +54,18 @@ class Rounds:
         """
         now_ns, failed = self._clock.now_ns(), list[ReplicarError]()
 
-        async def done(work: Callable[[sqlite3.Connection], object]) -> None:
+        async def done(work: Callable[[sqlite3.Connection], object]) -> bool:
             try:
                 await self._registry.run(work)
             except CorruptionError:
                 raise
             except ReplicarError as error:
                 failed.append(error)
+                return False
+            return True
 
-        await done(partial(_follow_set_back, now_ns=now_ns, latest_ns=self._latest_ns))
-        self._latest_ns = now_ns
+        if await done(partial(setbacks.follow, now_ns=now_ns, latest_ns=self._latest_ns)):
+            self._latest_ns = now_ns
         await done(lambda connection: alerts.look_at_rpo(connection, now_ns))
         await done(lambda connection: upkeep.look(connection, now_ns))
         for machine_id in await self._registry.run(_with_jobs):
@@ -91,24 +91,6 @@ class Rounds:
                 continue
             parties.audit(connection, self._identity, JobKind.TEST_FAILOVER, f"machine {name}, by schedule", now_ns)
         return begun
-
-
-def _follow_set_back(connection: sqlite3.Connection, *, now_ns: int, latest_ns: int) -> None:
-    """If the host's clock was set back since the last round, or since somebody was last at work, as when it was wrong
-    until it was first compared with others': what waits for a time by the old clock would wait for longer, by as much,
-    and what nobody does any more would stay somebody's."""
-    known_ns = int(connection.execute("SELECT coalesce(max(done_ns), 0) FROM upkeep").fetchone()[0])
-    back_ns = max(latest_ns, known_ns) - now_ns
-    if back_ns < SET_BACK_NS:
-        return
-    _log.warning("the clock was set back by %.0f s; what is due is so by the clock as it is now", back_ns / 1e9)
-    connection.execute("UPDATE upkeep SET due_ns = due_ns - ?1, done_ns = min(done_ns, ?2)", (back_ns, now_ns))
-    connection.execute("UPDATE jobs SET due_ns = due_ns - ?1 WHERE ended_ns IS NULL", (back_ns,))
-    connection.execute(
-        "UPDATE jobs SET job = json_set(job, '$.lease_until_ns', json_extract(job, '$.lease_until_ns') - ?1)"
-        " WHERE ended_ns IS NULL AND json_extract(job, '$.lease_until_ns') IS NOT NULL",
-        (back_ns,),
-    )
 
 
 def _with_jobs(connection: sqlite3.Connection) -> list[uuid.UUID]:

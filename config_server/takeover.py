@@ -53,6 +53,7 @@ class Takeover:
 
     def _move(self, connection: sqlite3.Connection) -> list[Move]:
         now_ns, moves = self._clock.now_ns(), []
+        self._since_ns = min(self._since_ns, now_ns)  # the clock may have been ahead then
         for machine in placement.stranded(connection, now_ns, self._since_ns, self._after_seconds):
             try:
                 moves.append(placement.move(connection, machine, None, now_ns))

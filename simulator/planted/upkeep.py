@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from config_server import rounds
+from config_server import setbacks
 from recovery import folding, retention
 from recovery.history import History
 from recovery.index import State
@@ -36,10 +36,10 @@ def past_ages_by_the_clock() -> Names:
 def clock_set_back_puts_off() -> Names:
     """What is due at a time by a clock that was ahead waits for that time, when the clock is right again."""
 
-    def follow_set_back(connection: Any, *, now_ns: int, latest_ns: int) -> None:
+    def follow(connection: Any, *, now_ns: int, latest_ns: int) -> None:
         return None
 
-    return ((rounds, "_follow_set_back", follow_set_back),)
+    return ((setbacks, "follow", follow),)
 
 
 def pins_are_not_looked_at() -> Names:

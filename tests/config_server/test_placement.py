@@ -124,6 +124,22 @@ async def test_a_silent_servers_machine_stays_where_it_is_while(cast: Cast, seco
     assert (await cast.operator.machine("db1")).process_server == "ps1"
 
 
+async def test_a_clock_that_was_ahead_at_the_start_does_not_keep_a_dead_servers_machines_where_they_are(
+    cast: Cast, second: ControlClient
+) -> None:
+    cast.house.clock.move(days=30)
+    looker, rounds = takeover(cast), cast.house.server.rounds()
+    await served(cast, cast.server)
+    await rounds.go()
+    cast.house.clock.move(days=-30)
+    await rounds.go()
+    assert not await looker.look()
+    cast.house.clock.move(seconds=AFTER_SECONDS + 20)
+    await served(cast, second)
+    await cast.machine.agent_heartbeat(cast.house.machine_heartbeat(state=str(MachineState.DISCONNECTED)))
+    assert [move.server for move in await looker.look()] == [second.identity.id]
+
+
 CRITICAL = {"name": "cache free", "level": "critical", "value": 3.0, "unit": "percent", "cause": "full", "hint": "mend"}
 
 

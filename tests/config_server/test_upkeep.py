@@ -181,37 +181,6 @@ async def test_it_is_an_alert_when_nobody_keeps_a_machine_up_any_more(protected:
     assert OVERDUE[FOLD] not in codes
 
 
-async def test_a_clock_that_is_set_back_puts_nothing_off(protected: Cast, hands: ControlClient) -> None:
-    rounds, clock = protected.house.server.rounds(), protected.house.clock
-    clock.move(days=30)
-    await rounds.go()
-    assert await claimed(hands) == "db1"
-    await hands.report_upkeep(said(protected))
-    clock.move(days=-30)
-    await rounds.go()
-    assert await claimed(hands) is None, "it was just done"
-    clock.move(seconds=901)
-    assert await claimed(hands) == "db1"
-    await rounds.go()
-    clock.move(seconds=-901)
-    await rounds.go()
-    clock.move(seconds=UPKEEP_LEASE_SECONDS + 1)
-    assert await claimed(hands, "another") == "db1", "whoever had it is dead"
-
-
-async def test_a_clock_that_is_set_back_while_the_server_is_down_puts_nothing_off(
-    protected: Cast, hands: ControlClient
-) -> None:
-    clock = protected.house.clock
-    clock.move(days=30)
-    assert await claimed(hands) == "db1"
-    await hands.report_upkeep(said(protected))
-    clock.move(days=-30)
-    await protected.house.server.rounds().go()
-    clock.move(seconds=901)
-    assert await claimed(hands) == "db1"
-
-
 async def test_what_was_thinned_is_not_offered_and_what_is_left_is_told(protected: Cast, hands: ControlClient) -> None:
     before = await protected.operator.points("db1")
     assert [point.name for point in before.points] == ["soon", "app", "noon"]
