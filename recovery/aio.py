@@ -15,6 +15,7 @@ import ctypes
 import errno
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -52,9 +53,8 @@ _free: Final[list[WriteContext]] = []
 @contextmanager
 def write_context() -> Iterator[WriteContext | None]:
     """A context for whoever has many writes to do; None if the kernel, or this product on this machine, has none."""
-    context: WriteContext | None = None
     try:
-        context = _free.pop() if _free else WriteContext()
+        context = _context()
     except OSError:  # no such system call here, none allowed, or none left
         yield None
         return
@@ -63,6 +63,13 @@ def write_context() -> Iterator[WriteContext | None]:
     finally:
         if not context.is_used:
             _free.append(context)
+
+
+def _context() -> WriteContext:
+    try:
+        return _free.pop()
+    except IndexError:
+        return WriteContext()
 
 
 def described(descriptor: int, address: Ints, length: Ints, offset: Ints) -> Blocks:
@@ -82,7 +89,7 @@ class WriteContext:
     """
 
     def __init__(self) -> None:
-        calls = _CALLS.get(platform.machine())
+        calls = _CALLS.get(platform.machine()) if sys.platform == "linux" else None
         if calls is None or ctypes.sizeof(ctypes.c_long) != _EVENT["result"].itemsize:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         setup, self._collect, self._submit = calls
@@ -98,7 +105,12 @@ class WriteContext:
         Returns:
             For every row the bytes that were written, fewer than asked for being possible; or an error as a negative
             number; or 0 where the kernel did not come to it.
+
+        Raises:
+            OSError: it can't be told what became of them, of these or of some before.
         """
+        if self.is_used:
+            raise OSError(errno.EBUSY, "writes of before are still under way")
         results = np.zeros(len(blocks), np.int64)
         pointers = np.arange(len(blocks), dtype=np.uint64) * _BLOCK.itemsize + address_of(blocks)
         count, where = ctypes.c_long(len(blocks)), ctypes.c_void_p(address_of(pointers))

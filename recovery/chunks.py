@@ -3,7 +3,7 @@
 A request to storage costs about as much as 100 KiB of data, so chunks that lie close together come in one ranged read,
 holes between them included. Opening them is work for a thread (AES-GCM and zstd release the interpreter's lock).
 
-At most FETCHES reads of a source are under way or wait to be opened, whoever asks, and a thread a core opens them.
+At most FETCHES reads of a source are under way or wait to be opened, whoever asks, and MOST_OPENERS threads open them.
 `ChunkCache` keeps what was opened last, for readers at random; it is bounded in bytes. Whoever asks for a chunk that
 another is just fetching waits for that.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import sys
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +71,8 @@ class ChunkSource:
         self._slots = asyncio.Semaphore(fetches)
         # No more threads than can run: one that is taken off its core while it writes (see `filewriter`) holds up the
         # others. A source's own: who writes to a slow disk holds up no reader of another. They end with the source.
-        threads = min(len(os.sched_getaffinity(0)), MOST_OPENERS)
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        threads = min(cores, MOST_OPENERS)
         self._openers = ThreadPoolExecutor(threads, thread_name_prefix="open")
 
     async def visit(self, found: Segment, first: int, last: int, work: Callable[[memoryview], _Result]) -> _Result:

@@ -1,7 +1,7 @@
 """Opened chunks written where they belong in a file, by whatever threads opened them, one of which writes at a time.
 
 The kernel lets one writer into a file at a time, and a thread that waits for it could open the next chunk instead. So
-whoever comes while another writes leaves its batch to that one and goes on; only when too many wait does it wait too.
+whoever comes while another writes leaves its batch to that one and goes on; when too many wait, it waits with them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Final
 
 import numpy as np
@@ -18,8 +19,10 @@ import numpy as np
 from recovery.aio import MOST_WRITES, Blocks, WriteContext, address_of, described
 from recovery.files import GRANULE_BYTES, held_stretches, write_at
 from recovery.plan import Copies
+from replicar.errors import CorruptionError
 
-#: Batches that may wait for the thread that writes; each holds the chunks that its bytes are in.
+#: Batches beyond which whoever brings another waits. Each holds the chunks that its bytes are in; there are this many,
+#: one more of each thread, and the one that is being written.
 MOST_WAITING: Final = 4
 
 
@@ -45,20 +48,28 @@ class FileWriter:
         self._descriptor, self._context = descriptor, context
         self._batches: deque[_Batch] = deque()
         self._writing = threading.Lock()
+        self._failed: BaseException | None = None
 
     def write(self, chunks: Sequence[memoryview], wanted: Sequence[Copies]) -> None:
         """Write what is wanted of some opened chunks, one of `wanted` for each. For threads, several at once: when all
         of them have returned, all is written.
 
         Raises:
-            OSError: a write failed, of this batch or of one that another thread left.
+            CorruptionError: more is wanted of a chunk than it has.
+            OSError: a write failed, of this batch or of another; nothing is written any more then.
         """
         self._batches.append(self._described(chunks, wanted))
         # Looked at again after every release: what came between the last look and the release was left to this thread.
         while self._batches and self._writing.acquire(blocking=len(self._batches) > MOST_WAITING):
             try:
+                if self._failed is not None:
+                    self._batches.clear()
+                    raise self._failed
                 while self._batches:
                     self._put(self._batches.popleft())
+            except BaseException as error:
+                self._failed = error
+                raise
             finally:
                 self._writing.release()
 
@@ -67,6 +78,9 @@ class FileWriter:
         offset: list[int] = []
         length: list[int] = []
         for chunk, copies in zip(chunks, wanted, strict=True):
+            end = max(map(add, copies.source, copies.length))
+            if end > len(chunk) or min(copies.source) < 0:
+                raise CorruptionError(f"the index names byte {end} of a chunk that has {len(chunk)}")
             held = _without_zeros(chunk, copies) if max(copies.length) > GRANULE_BYTES else copies
             base = address_of(chunk)
             address += [base + source for source in held.source]

@@ -153,7 +153,7 @@ class Folder:
             name = item.checkpoint
             if name is None:
                 index = await index_at(log, known, item.place.sequence)
-                name, _ = await write_checkpoint(author, index, None)
+                name, _ = await write_checkpoint(author, index, None, self._lock.beat)
             kept.append({"checkpoint": str(name), "reason": item.reason})
         values = {"floor": str(plan.floor), "kept": kept, "folded_ns": self._clock.now_ns()}
         for text in (str(plan.floor), *(item["checkpoint"] for item in kept)):

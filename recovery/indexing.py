@@ -4,7 +4,7 @@ Each run goes on from the newest checkpoint: it reads the tables behind it and m
 CHECKPOINT_SEGMENTS of them. What is written is a tier (the extents that changed, merged with the small tiers before,
 see `tierwriter`) and the checkpoint that names it, in this order; so a run that dies leaves a tier that nobody names,
 which folding removes, and the next one does the work again. Two at work at once make the same thing twice, which costs
-space until the next fold and nothing else: whichever of two equal checkpoints is used, the bytes are the same.
+space until the next fold: whichever of two equal checkpoints is used, the bytes are the same.
 
 A fold that somebody makes meanwhile gives up what this run may stand on, and frees it ten minutes later (`folding`).
 So before a checkpoint is written, and when something is not there, it is seen whether the fold is still the one by
@@ -17,8 +17,9 @@ Memory: CHECKPOINT_SEGMENTS tables, and a slice of a merge.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from recovery.blobwriter import Author, BlobWriter
@@ -99,8 +100,8 @@ async def _go_on(
         result.segments += 1
         if index.fresh_segments >= every:
             trim(index, known.fold)
-            await _check_unfolded(log, known.fold)
-            name, written = await write_checkpoint(author, index, reader.place)
+            check = partial(_check_unfolded, log, known.fold)
+            name, written = await write_checkpoint(author, index, reader.place, check)
             result.checkpoints.append(str(name))
             result.written_bytes += written
             result.segment, result.sequence = reader.tail.number, reader.tail.sequence
@@ -123,11 +124,14 @@ def _ignore(done: int, total: int) -> None:
     return None
 
 
-async def write_checkpoint(author: Author, index: Index, start: Start | None) -> tuple[IndexName, int]:
+async def write_checkpoint(
+    author: Author, index: Index, start: Start | None, check: Callable[[], Awaitable[None]]
+) -> tuple[IndexName, int]:
     """Write what is fresh in an index as a tier, and a checkpoint; the index stands on that afterwards.
 
     Args:
         start: where the log goes on; None in the middle of a segment.
+        check: raises if what the index stands on may be gone; asked when all but the checkpoint is written.
 
     Returns:
         The checkpoint's name, and the bytes written.
@@ -147,6 +151,7 @@ async def write_checkpoint(author: Author, index: Index, start: Start | None) ->
         root = await open_root(author.log.store, author.log.keys, header)  # read back: it must open before it is named
         tiers = (*tiers[:stay], read_tier(root))
     headers: tuple[IndexHeader, ...] = tuple(tier.root.header for tier in tiers)
+    await check()
     name = author.name(BlobKind.CHECKPOINT, history.last.sequence, history.latest_ns)
     writer = BlobWriter(author, name)
     await writer.finish(checkpoint_fields(history, headers, start))

@@ -130,12 +130,17 @@ def decompress_together(frames: list[bytes | bytearray | memoryview], sizes: lis
     """Some zstd frames, each of exactly the size that is said, in one call of the library: without the interpreter's
     lock, and into one piece of memory, which lives as long as one of the results. What a frame claims is not believed.
 
+    Weak: what follows a frame in its bytes is not seen, as `decompress` sees it. They are authenticated, and no writer
+    puts anything there.
+
     Raises:
         CorruptionError: one of them is no such frame; `decompress` tells which, and why.
     """
     if not frames:
         return []
     try:
+        if max(zstandard.get_frame_parameters(each).window_size for each in frames) > MAX_WINDOW_BYTES:
+            raise CorruptionError(f"one of {len(frames)} frames wants a larger window than {MAX_WINDOW_BYTES} bytes")
         packed = struct.pack(f"={len(sizes)}Q", *sizes)
         opened = _decompressor().multi_decompress_to_buffer(frames, decompressed_sizes=packed)
     except (zstandard.ZstdError, ValueError) as error:

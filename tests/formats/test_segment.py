@@ -212,6 +212,14 @@ def test_frames_decompressed_together_have_the_sizes_that_are_said(sizes: tuple[
     assert cipher.decompress_together(frames, [4096, 4096]) == [b"s" * 4096] * 2
 
 
+def test_a_frame_that_wants_a_larger_window_than_a_segment_is_not_decompressed() -> None:
+    data = bytes(cipher.MAX_WINDOW_BYTES * 2)
+    parameters = zstandard.ZstdCompressionParameters(window_log=24)
+    frame_ = zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+    with pytest.raises(CorruptionError, match="larger window"):
+        cipher.decompress_together([frame_], [len(data)])
+
+
 def test_a_digest_vouches_for_everything_before_it() -> None:
     one, first = _seal([_writes(1)])
     _, second = _seal([_writes(1, 2)], number=2, previous=first)

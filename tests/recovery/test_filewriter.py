@@ -18,6 +18,7 @@ from recovery import aio
 from recovery.aio import MOST_WRITES, WriteContext, write_context
 from recovery.filewriter import FileWriter
 from recovery.plan import Copies
+from replicar.errors import CorruptionError
 
 BLOCK = 512
 CHUNK_BYTES = 128 << 10
@@ -97,6 +98,28 @@ def test_what_the_file_does_not_take_is_an_error_with_its_reason(
         assert caught.value.errno == errno.EBADF
     finally:
         os.close(descriptor)
+
+
+def test_when_a_write_failed_nothing_is_written_any_more(context: WriteContext | None, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    descriptor = os.open(tmp_path / "disk", os.O_RDONLY)
+    chunk, copies = memoryview(os.urandom(4096)), Copies(0, [0], [0], [4096])
+    try:
+        writer = FileWriter(descriptor, context)
+        for _ in range(2):
+            with pytest.raises(OSError):
+                writer.write([chunk], [copies])
+        assert writer.written_bytes == 0
+    finally:
+        os.close(descriptor)
+
+
+def test_more_than_a_chunk_has_is_not_taken_from_what_lies_behind_it(
+    context: WriteContext | None, descriptor: int
+) -> None:
+    with pytest.raises(CorruptionError, match="names byte 4608 of a chunk that has 4096"):
+        FileWriter(descriptor, context).write([memoryview(bytes(4096))], [Copies(0, [512], [0], [4096])])
+    assert os.fstat(descriptor).st_size == 0
 
 
 def test_a_context_is_used_again_also_after_a_write_that_failed(descriptor: int) -> None:
