@@ -16,7 +16,9 @@ import logging
 import sqlite3
 from typing import Final
 
-from replicar.control.messages import LEASE_SECONDS, UPKEEP_LEASE_SECONDS, JobKind
+from config_server import upkeep
+from config_server.jobs import claims
+from replicar.control.messages import JobKind
 
 #: A clock that is this much behind what it was, or behind what the registry knows of, was set back.
 LEAST_NS: Final = 10**9
@@ -45,9 +47,9 @@ def follow(connection: sqlite3.Connection, *, now_ns: int, latest_ns: int) -> No
     _log.warning("the clock was set back by %.0f s; what is due is so by the clock as it is now", back_ns / 1e9)
     for table, column in _PAST:
         connection.execute(f"UPDATE {table} SET {column} = min({column}, ?)", (now_ns,))  # noqa: S608 - names of ours
-    end_ns = now_ns + int(UPKEEP_LEASE_SECONDS * 1e9)
+    end_ns = upkeep.lease_end(now_ns)
     connection.execute("UPDATE upkeep SET due_ns = max(due_ns - ?, min(due_ns, ?))", (back_ns, end_ns))
-    end_ns = now_ns + int(LEASE_SECONDS * 1e9)
+    end_ns = claims.lease_end(now_ns)
     connection.execute(
         "UPDATE jobs SET due_ns = max(due_ns - ?, min(due_ns, ?)) WHERE ended_ns IS NULL", (back_ns, end_ns)
     )

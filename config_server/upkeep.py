@@ -76,7 +76,7 @@ def claim(connection: sqlite3.Connection, worker: Party, request: UpkeepClaim, n
         connection.execute(
             "INSERT INTO upkeep (machine_id, kind, owner, due_ns, done_ns) VALUES (?, ?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET owner = excluded.owner, due_ns = excluded.due_ns",
-            (row["id"], request.kind, owner, _lease_end(now_ns), now_ns),
+            (row["id"], request.kind, owner, lease_end(now_ns), now_ns),
         )
         return UpkeepTask(machine=_machine(connection, machine_id), policy=policies.of_machine(connection, machine_id))
     return UpkeepTask()
@@ -90,7 +90,7 @@ def renew(connection: sqlite3.Connection, worker: Party, said: UpkeepRenewal, no
     """
     changed = connection.execute(
         "UPDATE upkeep SET due_ns = ? WHERE machine_id = ? AND kind = ? AND owner = ?",
-        (_lease_end(now_ns), str(said.machine_id), said.kind, _owner(worker, said.instance)),
+        (lease_end(now_ns), str(said.machine_id), said.kind, _owner(worker, said.instance)),
     ).rowcount
     if not changed:
         raise FencedError(
@@ -217,5 +217,6 @@ def _owner(worker: Party, instance: str) -> str:
     return f"{worker.name}/{instance}"
 
 
-def _lease_end(now_ns: int) -> int:
+def lease_end(now_ns: int) -> int:
+    """When what a worker claims or renews now is anybody's again."""
     return now_ns + int(UPKEEP_LEASE_SECONDS * _NS)

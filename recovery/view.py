@@ -190,8 +190,9 @@ class View:
 
         No byte of the disk comes twice. What comes lies within two windows at a time, together as large as `copy` has
         buffers: so much stays in the page cache, which puts it in order, and a chunk is opened once for each window
-        that it has bytes in. When this returns or raises, no thread is in `write` any more; whatever that raises is
-        raised here.
+        that it has bytes in. `write` may keep chunks, and what it keeps counts as used: the progress and the windows
+        may be ahead of it by that. When this returns or raises, no thread is in `write` any more; whatever that raises
+        is raised here.
         """
         done = _Done(await self.data_bytes(disk) if progress is not None else 0, progress, counts=1)
         slots = asyncio.Semaphore(2)  # the next window begins while the last fetches of one are under way

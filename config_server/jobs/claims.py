@@ -53,9 +53,9 @@ def claim(connection: sqlite3.Connection, worker: Party, request: ClaimRequest, 
             "fence": job.fence + 1,
             "worker": name,
             "error": None,
-            "lease_until_ns": _lease_end(now_ns),
+            "lease_until_ns": lease_end(now_ns),
         }
-        job = book.save(connection, job.model_copy(update=update), due_ns=_lease_end(now_ns), worker_id=str(worker.id))
+        job = book.save(connection, job.model_copy(update=update), due_ns=lease_end(now_ns), worker_id=str(worker.id))
         life = lives.stored(connection, job.machine_id)
         parties.audit(connection, worker.id, "claim", f"{job.kind} {job.id} of machine {job.machine}", now_ns)
         return Claim(
@@ -97,9 +97,9 @@ def report(
         "result": _result(job, said.result),
         "estimate_seconds": said.estimate_seconds,
         "state": JobState.IN_PROGRESS,
-        "lease_until_ns": _lease_end(now_ns),
+        "lease_until_ns": lease_end(now_ns),
     }
-    job = book.save(connection, job.model_copy(update=update), due_ns=_lease_end(now_ns))
+    job = book.save(connection, job.model_copy(update=update), due_ns=lease_end(now_ns))
     book.note_worker(connection, worker.id, _instance(job), None, now_ns)
     return job, JobDirective(cancel_requested=job.cancel_requested, lease_seconds=LEASE_SECONDS)
 
@@ -226,7 +226,8 @@ def _instance(job: Job) -> str:
     return (job.worker or "").partition("/")[2]
 
 
-def _lease_end(now_ns: int) -> int:
+def lease_end(now_ns: int) -> int:
+    """When a job that a worker claims or reports on now is anybody's again."""
     return now_ns + int(LEASE_SECONDS * 10**9)
 
 

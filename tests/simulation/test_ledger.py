@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import uuid
 
+import pytest
+
 from replicar.formats.cipher import Position
 from replicar.formats.frame import ANEW_STEP
 from replicar.formats.logblob import BlobName
@@ -28,8 +30,12 @@ class Writer:
         self._ledger.wrote(str(BlobName(MACHINE, 1, self._run, 0)), self._offset, bytes(len(data)), data)
 
 
-def test_what_lies_behind_a_hole_is_not_reached_until_the_hole_is_filled() -> None:
-    ledger = Ledger()
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger()
+
+
+def test_what_lies_behind_a_hole_is_not_reached_until_the_hole_is_filled(ledger: Ledger) -> None:
     writer = Writer(ledger, 1)
     writer.segment(1, 1, 10)
     writer.segment(3, 21, 30)
@@ -39,8 +45,7 @@ def test_what_lies_behind_a_hole_is_not_reached_until_the_hole_is_filled() -> No
     assert ledger.violations == []
 
 
-def test_what_a_dead_writer_had_behind_a_hole_holds_up_no_later_one() -> None:
-    ledger = Ledger()
+def test_what_a_dead_writer_had_behind_a_hole_holds_up_no_later_one(ledger: Ledger) -> None:
     dead, alive = Writer(ledger, 1), Writer(ledger, 2)
     dead.segment(1, 1, 10)
     dead.segment(3, 21, 30)
@@ -48,16 +53,14 @@ def test_what_a_dead_writer_had_behind_a_hole_holds_up_no_later_one() -> None:
     assert ledger.stored_until(MACHINE) == ANEW_STEP + 8
 
 
-def test_a_later_writer_with_a_hole_of_its_own_reaches_nothing_behind_it() -> None:
-    ledger = Ledger()
+def test_a_later_writer_with_a_hole_of_its_own_reaches_nothing_behind_it(ledger: Ledger) -> None:
     dead, alive = Writer(ledger, 1), Writer(ledger, 2)
     dead.segment(1, 1, 10)
     alive.segment(3, 21, 30)
     assert ledger.stored_until(MACHINE) == 10
 
 
-def test_numbers_may_be_left_out_only_where_a_log_begins_anew() -> None:
-    ledger = Ledger()
+def test_numbers_may_be_left_out_only_where_a_log_begins_anew(ledger: Ledger) -> None:
     writer = Writer(ledger, 1)
     writer.segment(1, 1, 10)
     writer.segment(2, 12, 20)
