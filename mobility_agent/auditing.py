@@ -6,7 +6,8 @@ itself. `replicar verify` compares them all.
 
 A chunk is read past the page cache, on another thread, under a watch: if it was written meanwhile it is read again, so
 the hash is that of the disk right before the AUDIT's sequence. A chunk that is written all the time is read in smaller
-pieces; a piece that never holds still is left out of the round and counted, and so is free space that is not copied.
+pieces; a piece that never holds still is left out of the round and counted, and so is one with free space that is not
+copied.
 Inside a gap nothing is audited, since nothing there could be compared; while the change log is more than half full
 audits wait, as all background reading does.
 
@@ -43,7 +44,7 @@ from replicar.observe.logs import fields
 
 #: One read, one AUDIT.
 CHUNK_BYTES: Final = 1 << 20
-#: What a chunk that is written while it is read is divided into.
+#: What a chunk is divided into that is written while it is read, or of which something is left out.
 PIECE_BYTES: Final = 64 << 10
 #: How often a chunk or piece that is written while it is read is tried.
 _TRIES: Final = 4
@@ -121,11 +122,13 @@ class Auditor:
         if not self._began_ns:
             self._began_ns = self._clock.now_ns()
         length = min(CHUNK_BYTES, disk.size_bytes - self._offset)
-        if self._ladder.is_left_out(disk.index, self._offset, length):
+        if self._ladder.is_left_out(disk.index, self._offset, length, whole=True):
             self._skipped += length
             self._offset += length
+            await self._clock.sleep(0)  # there may be much in a row, and the disk's clients come in between
             return True
-        done = await self._audit(disk, self._offset, length)
+        in_part = self._ladder.is_left_out(disk.index, self._offset, length)
+        done = False if in_part else await self._audit(disk, self._offset, length)
         if done is False:
             done = await self._audit_pieces(disk, self._offset, length)
         if done is None:
@@ -138,7 +141,8 @@ class Auditor:
     async def _audit_pieces(self, disk: Disk, offset: int, length: int) -> bool | None:
         for start in range(offset, offset + length, PIECE_BYTES):
             piece = min(PIECE_BYTES, offset + length - start)
-            done = await self._audit(disk, start, piece)
+            left_out = self._ladder.is_left_out(disk.index, start, piece)
+            done = False if left_out else await self._audit(disk, start, piece)
             if done is None:
                 return None
             if not done:

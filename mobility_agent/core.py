@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 from mobility_agent import preflight, scanned, traced
 from mobility_agent.allocation import asking
-from mobility_agent.allocation.skipped import SkippedRegions
+from mobility_agent.allocation.skipped import SkippedPages
 from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.trace.tracked import TrackedDisk
 from mobility_agent.digests import Digests
@@ -106,7 +106,7 @@ async def open_core(settings: AgentSettings, state: StateDirectory, clock: Clock
         regions: dict[int, DirtyRegions] = {}
         touched: dict[int, TouchedRegions] = {}
         digests: dict[int, Digests] = {}
-        skipped: dict[int, SkippedRegions] = {}
+        skipped: dict[int, SkippedPages] = {}
         for disk in disks:
             if isinstance(disk, TrackedDisk):
                 regions[disk.index] = traced.open_regions(state, disk)

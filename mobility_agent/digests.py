@@ -32,6 +32,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -154,24 +155,30 @@ class Digests:
             made[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES] = digest(content[start : start + CHUNK_BYTES])
         return np.frombuffer(bytes(made), np.uint64).reshape(-1, 2)
 
-    def differing(self, offset: int, length: int, rows: Rows) -> Iterator[tuple[int, int]]:
+    def differing(
+        self, offset: int, length: int, rows: Rows, *, zeros_apart: bool = False
+    ) -> Iterator[tuple[int, int]]:
         """The parts of a range that the stream does not have, or is not known to have, as (offset, length), rising.
 
         Args:
             rows: what `rows` gave for this range. Parts of chunks at its ends always count as differing.
+            zeros_apart: whole chunks of zeros are parts of their own.
         """
         first, end = self.whole(offset, length)
         if first == end:
             yield offset, length
             return
-        differs = np.ones(end - first + 2, bool)  # with a part of a chunk before and behind
-        differs[1:-1] = (self._rows[first:end] != rows).any(axis=1)
-        differs[0] = offset < first * CHUNK_BYTES
-        differs[-1] = end < self.chunks and end * CHUNK_BYTES < offset + length
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], differs, [False])).astype(np.int8)))
-        for begin, stop in edges.reshape(-1, 2).tolist():
-            start = max((first - 1 + begin) * CHUNK_BYTES, offset)
-            yield start, min((first - 1 + stop) * CHUNK_BYTES, offset + length) - start
+        kinds = np.ones(end - first + 2, np.int8)  # with a part of a chunk before and behind
+        kinds[1:-1] = (self._rows[first:end] != rows).any(axis=1)
+        kinds[0] = offset < first * CHUNK_BYTES
+        kinds[-1] = end < self.chunks and end * CHUNK_BYTES < offset + length
+        if zeros_apart:
+            kinds[1:-1] *= 1 + (rows == _ZERO_CHUNK).all(axis=1)
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], kinds, [0])))).tolist()
+        for begin, stop in pairwise(edges):
+            if kinds[begin]:
+                start = max((first - 1 + begin) * CHUNK_BYTES, offset)
+                yield start, min((first - 1 + stop) * CHUNK_BYTES, offset + length) - start
 
     def has_zeros(self, offset: int, length: int) -> bool:
         """Whether the stream is known to have zeros in the whole of a range of whole chunks."""

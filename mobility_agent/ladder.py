@@ -24,7 +24,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from mobility_agent.allocation.skipped import SkippedRegions
+from mobility_agent.allocation.skipped import SkippedPages
 from mobility_agent.capture.disk import Disk
 from mobility_agent.changelog import ChangeLog
 from mobility_agent.digests import Digests
@@ -65,7 +65,7 @@ class Ladder:
         touched: Mapping[int, TouchedRegions],
         digests: Mapping[int, Digests] | None = None,
         extents: DirtyExtents | None = None,
-        skipped: Mapping[int, SkippedRegions] | None = None,
+        skipped: Mapping[int, SkippedPages] | None = None,
     ) -> None:
         self.log = log
         self.disks = {disk.index: disk for disk in disks}
@@ -145,11 +145,13 @@ class Ladder:
         """Free space of a disk for which the replica has zeros."""
         return self.skipped[disk].byte_count if disk in self.skipped else 0
 
-    def is_left_out(self, disk: int, offset: int, length: int) -> bool:
-        """Whether the replica differs from the disk there by design: free space that is left out, or no longer but not
-        copied yet."""
+    def is_left_out(self, disk: int, offset: int, length: int, *, whole: bool = False) -> bool:
+        """Whether the replica differs from the disk there by design: any of it is free space that is left out, or no
+        longer but not copied yet; or whether the whole of it is left out."""
         skipped = self.skipped.get(disk)
-        return skipped is not None and skipped.differs(offset, length)
+        if skipped is None:
+            return False
+        return skipped.has_all(offset, length) if whole else skipped.differs(offset, length)
 
     def open_gap(self, reason: str) -> None:
         """Say in the stream that order is not known from here."""
@@ -159,13 +161,13 @@ class Ladder:
 
     def note(self, disk: int, offset: int, length: int) -> None:
         """A write that is not in the log is about to be done: the extents rung, or below it the regions'."""
-        if disk in self.skipped:
-            self.skipped[disk].leave(offset, length)
         if self._overflowed or self.extents is None or length > MAX_LENGTH:
             self.regions[disk].mark(offset, length)
         elif not self.extents.note(disk, offset, length):
             self._overflowed = True
             self.regions[disk].mark(offset, length)
+        if disk in self.skipped:
+            self.skipped[disk].leave(offset, length)  # behind that: killed between the two, it is left out still
 
     def claim(self, owner: Owner, unparsed: bytes) -> None:
         """Give `owner` the open frame, or, when the log is full, the next rung: from then on writes mark regions."""

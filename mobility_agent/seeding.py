@@ -6,7 +6,8 @@ become ZERO records, so a disk costs what is on it, not what it could hold. A re
 log; the map survives the process, so copying resumes where it was.
 
 Of what is read only that is sent which the replica is not known to have (`digests`); what was written while the log
-was full comes first, extent by extent.
+was full comes first, extent by extent. Free space that is left out goes as zeros, and is not read where a whole region
+is such.
 
 Copying yields to what is captured in order: it waits while the log is more than half full.
 """
@@ -177,9 +178,13 @@ class Seeder:
     def _append(self, disk: Disk, start: int, content: memoryview, rows: Rows) -> bool:
         log, digests = self._ladder.log, self._ladder.digests[disk.index]
         log.seal()  # what was captured and not finished has to be forgotten before anything is compared
+        skipped = self._ladder.skipped.get(disk.index)
+        is_blanked = skipped is not None and skipped.blank(start, content)
+        if is_blanked:
+            rows = digests.rows(start, content)
         begin, _ = digests.whole(start, len(content))
         sent = 0
-        for offset, length in list(digests.differing(start, len(content), rows)):
+        for offset, length in list(digests.differing(start, len(content), rows, zeros_apart=is_blanked)):
             part = content[offset - start : offset - start + length]
             zeros = not any(part[:512]) and bytes(part) == bytes(length)
             kind = Kind.ZERO if zeros else Kind.WRITE

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from mobility_agent.allocation.skipped import SkippedRegions
+from mobility_agent.allocation.skipped import SkippedPages
 from mobility_agent.allocation.volumes import free_space
 from mobility_agent.capture.disk import Disk
 from mobility_agent.ladder import Ladder
@@ -24,11 +24,11 @@ from replicar.observe.logs import fields
 _log = logging.getLogger(__name__)
 
 
-def open_map(path: Path, regions: DirtyRegions, *, copy_free_space: bool) -> SkippedRegions | None:
+def open_map(path: Path, regions: DirtyRegions, *, copy_free_space: bool) -> SkippedPages | None:
     """A disk's map; None if nothing of it is left out, and nothing is to be."""
     if copy_free_space and not path.exists():
         return None
-    return SkippedRegions(path, regions)
+    return SkippedPages(path, regions)
 
 
 def settle(ladder: Ladder, disks: Iterable[Disk], *, copy_free_space: bool) -> None:

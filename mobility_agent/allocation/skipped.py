@@ -1,24 +1,26 @@
-"""Which regions of a disk are left out because its file system had nothing there: the replica has zeros for them.
+"""Which pages of a disk are left out because its file system had nothing there: the replica has zeros for them.
 
-    asked, once       the regions that are wholly free are put here, durably, before the disk is first served
-    copied            as a ZERO; whatever the disk has there is not sent
-    written to        the region leaves the map and is dirty: it is copied whole, and equal from then on
+    asked, once         all of the regions that are wholly free is put here, durably, before the disk is first served
+    copied              as zeros; whatever the disk has there is not sent
+    written, whole      the page leaves the map: the write in the stream is all that it holds
+    written, in part    the page leaves the map, and its region is dirty: what was left out of the page is in no frame
 
-So the replica is what the file system can read, and every region is either equal to the disk or in this map. A region
-leaves when the frame with the write is finished, which is before it can be sent, or when a write that is not in the log
-is about to be done. Until its whole copy is in the stream a point has zeros beside what was written there; a file
-system does not read those, since it never wrote them. Nothing ever comes back into the map: of what was freed later
-nobody is asked.
+So the replica is what the file system can read, and every page is equal to the disk, in this map, or in a dirty region.
+A page leaves when the frame with the write is finished, which is before it can be sent, or when a write that is not in
+the log is about to be done. Of a page written in part a point has zeros beside what was written, until the region's
+copy is in the stream; a file system does not read those, since it never wrote them. Nothing ever comes back into the
+map: of what was freed later nobody is asked.
 
 Why it can be trusted after a death:
 
-- Killed process: the mapping survives, a region is dirty before it has left, and for the log's last frame the ladder
-  calls `observe` again.
-- Power cut: whatever was written to, or copied, since the last checkpoint lies in the touched record, and all regions
-  of that leave. A checkpoint makes dirty regions and this map durable behind the log, before anything is retired.
+- Killed process: the mapping survives. A page leaves only after it is dirty, or wholly written by a frame that is in
+  the log; and for the log's last frame the ladder calls `observe` again.
+- Power cut: whatever was written to, or copied, since the last checkpoint lies in the touched record; all of that
+  leaves, and is dirty. A checkpoint makes dirty regions and this map durable behind the log, before anything is
+  retired.
 - A past that is not known: all leave.
 
-Weak: one write copies a region of 1 MiB once.
+Weak: 32 MiB of file for each TiB of disk. Of a disk whose size is no multiple of its regions', the last one is copied.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,101 +39,166 @@ from mobility_agent.mapped import MappedFile
 from mobility_agent.regions import DirtyRegions
 from replicar.formats.frame import Flag, Kind
 
-_MAGIC: Final = b"RPSKIPD\x01"
-_PAGE: Final = 4096
+#: What file systems write whole; smaller pages would make the map larger, larger ones have more copied.
+PAGE_BYTES: Final = 4096
+_MAGIC: Final = b"RPSKIPD\x02"
+_FORMER_MAGIC: Final = b"RPSKIPD\x01"  # one byte a region
+_HEADER_BYTES: Final = 4096
 _HEADER = struct.Struct("<8sQQ")
+_ALL: Final = 0xFF
+#: How many bits are set in a byte.
+_ONES: Final = np.unpackbits(np.arange(256, dtype=np.uint8).reshape(-1, 1), axis=1).sum(axis=1, dtype=np.uint8)
 
 
-class SkippedRegions:
-    """The map of one disk: one byte for each of its dirty regions.
+class _View(NamedTuple):
+    """A copy of a part of the map: which of its bytes it begins with, their bits, and of these the pages asked for."""
+
+    at: int
+    bits: npt.NDArray[np.uint8]
+    pages: npt.NDArray[np.uint8]
+
+
+class SkippedPages:
+    """The map of one disk: a bit for each page, the lowest bit of a byte first; all of a region lies side by side.
 
     `is_new` says that there was none of this disk before.
 
     Args:
         path: its file; made, with nothing left out, if it is missing or describes a disk that was larger. Of one that
-            was smaller, nothing of what was added is left out.
-        regions: of the same disk; the caller's to close, after this.
+            was smaller, nothing of what was added is left out. What an agent left out that kept a map of whole regions
+            is dirty, to be copied.
+        regions: of the same disk, whole bytes of the map each; the caller's to close, after this.
     """
 
     def __init__(self, path: Path, regions: DirtyRegions) -> None:
-        self._regions, self._size = regions, regions.region_bytes
+        self._regions = regions
+        self._stride, rest = divmod(regions.region_bytes, 8 * PAGE_BYTES)
+        assert not rest, "a region is whole bytes of the map"
+        size = _HEADER_BYTES + regions.regions * self._stride
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        head = grown.header(_HEADER, _MAGIC, regions.disk_bytes, self._size)
+        head = grown.header(_HEADER, _MAGIC, regions.disk_bytes, PAGE_BYTES)
         found = os.pread(fd, len(head), 0)
-        before = grown.size_before(_HEADER, _MAGIC, found, regions.disk_bytes, self._size)
+        before = grown.size_before(_HEADER, _MAGIC, found, regions.disk_bytes, PAGE_BYTES)
         self.is_new = found != head and before is None
         if self.is_new:
+            if found.startswith(_FORMER_MAGIC):
+                self._take_over(os.pread(fd, regions.regions, _HEADER_BYTES))
+                self.is_new = False
             os.ftruncate(fd, 0)
-        os.ftruncate(fd, _PAGE + regions.regions)
-        self.file = MappedFile(fd, _PAGE + regions.regions)
-        self._map = np.frombuffer(self.file.mapping, np.uint8, regions.regions, _PAGE)
+        os.ftruncate(fd, size)
+        self.file = MappedFile(fd, size)
+        self._map = np.frombuffer(self.file.mapping, np.uint8, size - _HEADER_BYTES, _HEADER_BYTES)
+        self._pages = int(_ONES[self._map].sum())
         if found != head:
             self.file.mapping[: len(head)] = head
             self.file.sync()
         self.file.store_again()  # a former process may have been killed over a sync that failed
 
-    @property
-    def count(self) -> int:
-        """How many regions are left out."""
-        return int(np.count_nonzero(self._map))
+    def _take_over(self, former: bytes) -> None:
+        for number in np.flatnonzero(np.frombuffer(former, np.uint8)).tolist():
+            self._regions.mark(number * self._regions.region_bytes, 1)
+        self._regions.file.sync()  # first: without the map nothing else says so
 
     @property
     def byte_count(self) -> int:
-        return min(self.count * self._size, self._regions.disk_bytes)
+        """How much is left out."""
+        return self._pages * PAGE_BYTES
 
     def put(self, free: Ranges) -> None:
         """Leave out the regions that lie wholly within free ranges, durably. All of them have to be dirty.
 
+        Smaller free ranges are copied: measured, to tell them apart costs more than it saves.
+
         Args:
             free: bytes, sorted, neighbours joined; see `allocation.source`.
         """
-        first = -(-free[:, 0] // self._size)
-        end = np.where(free[:, 1] >= self._regions.disk_bytes, self._regions.regions, free[:, 1] // self._size)
+        size = self._regions.region_bytes
+        last = self._regions.disk_bytes // size * size  # nothing of a last region that is short
+        first, end = -(-free[:, 0] // size), np.minimum(free[:, 1], last) // size
         for begin, stop in zip(first[end > first].tolist(), end[end > first].tolist(), strict=True):
-            self._map[begin:stop] = 1
+            self._map[begin * self._stride : stop * self._stride] = _ALL
+        self._pages = int(_ONES[self._map].sum())
         self.file.sync()
 
     # --- what was written to ---
 
     def observe(self, table: npt.NDArray[np.void], disk: int) -> None:
-        """Regions that a frame's writes touch leave; background copies are no writes."""
+        """Pages that a frame's writes touch leave; background copies are no writes. The frame is in the log."""
         changes = table[
             (table["disk"] == disk)
             & ((table["kind"] == Kind.WRITE) | (table["kind"] == Kind.ZERO))
             & (table["flags"] & Flag.SEED == 0)
         ]
-        first = changes["offset"].astype(np.int64) // self._size
-        last = (changes["offset"].astype(np.int64) + changes["length"].astype(np.int64) - 1) // self._size
-        short = last - first < 2
-        self._leave(np.concatenate((first[short], last[short])))
-        for begin, end in zip(first[~short].tolist(), last[~short].tolist(), strict=True):
-            self._leave(np.arange(begin, end + 1))
+        offsets, lengths = changes["offset"].astype(np.int64), changes["length"].astype(np.int64)
+        first, last = offsets // (8 * PAGE_BYTES), (offsets + lengths - 1) // (8 * PAGE_BYTES)
+        # Seldom any: what is written once has left. Between the first and the last byte only long writes have more.
+        found = (self._map[first] | self._map[last] != 0) | (last - first > 1)
+        for offset, length in zip(offsets[found].tolist(), lengths[found].tolist(), strict=True):
+            self.leave(offset, length)
 
     def leave(self, offset: int, length: int) -> None:
-        """Something is about to be written there that is in no frame, or was."""
-        self._leave(np.arange(offset // self._size, -(-(offset + length) // self._size)))
+        """All of it is written by a frame that is in the log, or noted as dirty: its pages leave. What they hold beside
+        it is dirty."""
+        view = self._view(offset, length)
+        left = int(np.count_nonzero(view.pages))
+        if not left:
+            return
+        end = offset + length
+        if offset % PAGE_BYTES and view.pages[0]:  # marked first: killed between the two, it is copied
+            self._regions.mark(offset, 1)
+        if end % PAGE_BYTES and view.pages[-1]:
+            self._regions.mark(end, 1)
+        view.pages[:] = 0
+        self._map[view.at : view.at + len(view.bits) // 8] = np.packbits(view.bits, bitorder="little")
+        self._pages -= left
 
     def leave_all(self) -> None:
-        self._leave(np.arange(len(self._map)))
-
-    def _leave(self, numbers: npt.NDArray[np.int64]) -> None:
-        for number in numbers[self._map[numbers] != 0].tolist():
-            self._regions.mark(number * self._size, 1)  # first: killed between the two, it is copied
-            self._map[number] = 0
+        """Nothing is left out any more; what was is dirty."""
+        for number in np.flatnonzero(self._map.reshape(-1, self._stride).any(axis=1)).tolist():
+            self._regions.mark(number * self._regions.region_bytes, 1)
+        self._map[:] = 0
+        self._pages = 0
 
     # --- what is left out ---
 
     def divide(self, start: int, end: int) -> tuple[int, int]:
-        """How far a range of regions begins with such that are left out, and where it ends before the next of them."""
-        first, stop = start // self._size, -(-end // self._size)
-        edges = np.flatnonzero(self._map[first:stop] != self._map[first])
-        change = min((first + int(edges[0])) * self._size, end) if edges.size else end
-        return (change, end) if self._map[first] else (start, change)
+        """How far a range of regions begins with such that are left out whole, and where it ends before the next of
+        them."""
+        size = self._regions.region_bytes
+        first, stop = start // size, -(-end // size)
+        whole = (self._map[first * self._stride : stop * self._stride].reshape(-1, self._stride) == _ALL).all(axis=1)
+        edges = np.flatnonzero(whole != whole[0])
+        change = min((first + int(edges[0])) * size, end) if edges.size else end
+        return (change, end) if whole[0] else (start, change)
+
+    def blank(self, offset: int, content: memoryview) -> bool:
+        """Put zeros where `content`, the disk's from `offset` on, is left out; whether anything is.
+
+        Call in the step that puts the content into the log, behind `log.seal`: a write shows with its frame.
+        """
+        pages = np.pad(self._view(offset, len(content)).pages, 1)
+        edges = np.flatnonzero(pages[1:] != pages[:-1])
+        target, before = np.frombuffer(content, np.uint8), offset % PAGE_BYTES
+        for start, stop in (edges.reshape(-1, 2) * PAGE_BYTES).tolist():
+            target[max(start - before, 0) : stop - before] = 0
+        return bool(edges.size)
+
+    def has_all(self, offset: int, length: int) -> bool:
+        """Whether the whole of a range is left out."""
+        return bool(self._view(offset, length).pages.all())
 
     def differs(self, offset: int, length: int) -> bool:
-        """Whether any of it is left out, or dirty."""
-        first, end = offset // self._size, -(-(offset + length) // self._size)
-        return bool(self._map[first:end].any()) or self._regions.is_dirty(first, end)
+        """Whether any of a range is left out, or dirty."""
+        size = self._regions.region_bytes
+        return bool(self._view(offset, length).pages.any()) or self._regions.is_dirty(
+            offset // size, -(-(offset + length) // size)
+        )
+
+    def _view(self, offset: int, length: int) -> _View:
+        first, end = offset // PAGE_BYTES, -(-(offset + length) // PAGE_BYTES)
+        at = first // 8
+        bits = np.unpackbits(self._map[at : -(-end // 8)], bitorder="little")
+        return _View(at, bits, bits[first - 8 * at : end - 8 * at])
 
     def close(self) -> None:
         """Durably; before its regions are closed."""

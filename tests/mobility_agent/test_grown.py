@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobility_agent.allocation.skipped import SkippedRegions
+from mobility_agent.allocation.skipped import SkippedPages
 from mobility_agent.digests import CHUNK_BYTES, Digests
 from mobility_agent.regions import DirtyRegions
 from mobility_agent.touched import REGION_BYTES, TouchedRegions
@@ -57,12 +57,12 @@ def test_digests_are_known_but_for_a_last_chunk_that_was_short(tmp_path: Path) -
 
 def test_free_space_that_was_left_out_still_is(tmp_path: Path) -> None:
     regions = DirtyRegions(tmp_path / "r", 8 * MIB)
-    skipped = SkippedRegions(tmp_path / "s", regions)
+    skipped = SkippedPages(tmp_path / "s", regions)
     skipped.put(np.array([[2 * MIB, 4 * MIB]]))
     skipped.close()
     regions.close()
     regions = DirtyRegions(tmp_path / "r", 16 * MIB)
-    skipped = SkippedRegions(tmp_path / "s", regions)
+    skipped = SkippedPages(tmp_path / "s", regions)
     assert not skipped.is_new
     assert skipped.byte_count == 2 * MIB
     skipped.close()
