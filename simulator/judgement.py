@@ -7,7 +7,8 @@ of the stream of its own (`stream_of`): frames out of the log, with the gaps and
 - no mark inside a gap is offered;
 - whatever the catalogue calls stored and offered recovers too;
 - some sequences in between, drawn, likewise;
-- the latest state is the disks as they are, byte for byte.
+- the latest state is the disks as they are, byte for byte, but for zeros where the agent's map has free space left out;
+- no audit in the stream says other bytes than the stream gives there, unless the change log was damaged.
 
 Where the log was folded, the stream is read from the copy that storage's inside has of it, and what is offered is what
 retention left (`retained`).
@@ -18,8 +19,11 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
+
+import xxhash
 
 from recovery.chunks import MachineLog
 from recovery.points import AtSequence, Latest, Named, Request, locate, survey
@@ -33,7 +37,9 @@ from replicar.log.reader import LogReader
 from replicar.storage.store import PageBlobStore
 from simulator import registered, retained
 from simulator.retained import Left
+from simulator.shortcuts import REGION_BYTES
 from simulator.stage import Stage
+from simulator.story import DiskPlan
 
 #: Virtual seconds within which everything has to be at rest once all is mended.
 SETTLE_SECONDS: Final = 240.0
@@ -56,6 +62,7 @@ class Stream:
     latest_ns: int = 0
     last: int = 0
     problems: list[str] = field(default_factory=list)
+    contradicted: list[str] = field(default_factory=list)  # audits that say other bytes than the stream
 
 
 async def settle(stage: Stage) -> None:
@@ -87,7 +94,7 @@ def _at_rest(stage: Stage) -> bool:
         return False
     log = core.log
     # Audits go on for ever, and one of them may always be under way.
-    return not core.ladder.in_gap and log.ordered and log.oldest_unstored_time_ns() is None
+    return not core.ladder.in_gap and core.ladder.is_clean and log.ordered and log.oldest_unstored_time_ns() is None
 
 
 def _may_need_enrolment(stage: Stage) -> bool:
@@ -107,9 +114,31 @@ def _unrest(stage: Stage) -> str:
     return f"{what}; the sender is {sender.get('state')}: {(sender.get('error') or {}).get('message')}"
 
 
-async def stream_of(store: PageBlobStore, machine_id: uuid.UUID, keys: dict[int, bytes]) -> Stream:
+class _Replicas:
+    """What the stream gives the disks, frame by frame, for what it says of itself."""
+
+    def __init__(self, disks: Sequence[DiskPlan]) -> None:
+        self._disks = disks
+        self._images = [bytearray(disk.size_bytes) for disk in disks]
+
+    def apply(self, disk: int, offset: int, content: bytes) -> None:
+        self._images[disk][offset : offset + len(content)] = content
+
+    def is_so(self, disk: int, offset: int, length: int, digest: bytes) -> bool:
+        return xxhash.xxh3_128_digest(self._images[disk][offset : offset + length]) == digest
+
+    def may_be_copied(self, disk: int, offset: int, length: int) -> bool:
+        """Outside of gaps: the region of a page of free space that was written in part."""
+        begin, end = offset // REGION_BYTES * REGION_BYTES, -(-(offset + length) // REGION_BYTES) * REGION_BYTES
+        return any(first < end and begin < last for first, last in self._disks[disk].free)
+
+
+async def stream_of(
+    store: PageBlobStore, machine_id: uuid.UUID, keys: dict[int, bytes], disks: Sequence[DiskPlan]
+) -> Stream:
     """Read the log frame by frame."""
     found, in_gap, following = Stream(), True, 1
+    replicas = _Replicas(disks)
     reader = LogReader(store, machine_id, keys)
     async for segment in reader.segments():
         run = await reader.read_run(segment)
@@ -121,8 +150,16 @@ async def stream_of(store: PageBlobStore, machine_id: uuid.UUID, keys: dict[int,
                 in_gap = True
             following = item.header.next_sequence
             found.latest_ns = max(found.latest_ns, int(item.table["time_ns"].max(initial=0)))
-            for row, (_, length, _, place, _, kind, flags) in enumerate(item.table.tolist()):
+            for row, (offset, length, _, place, disk, kind, flags) in enumerate(item.table.tolist()):
                 sequence = first + row
+                if kind == Kind.WRITE:
+                    replicas.apply(disk, offset, bytes(item.payload[place : place + length]))
+                elif kind == Kind.ZERO:
+                    replicas.apply(disk, offset, bytes(length))
+                if kind == Kind.AUDIT:
+                    digest = bytes(item.payload[place : place + frame.AUDIT_DIGEST_BYTES])
+                    if not in_gap and not replicas.is_so(disk, offset, length, digest):
+                        found.contradicted.append(f"the audit at sequence {sequence}: {length} bytes at {offset}")
                 if kind == Kind.GAP:
                     in_gap = not flags & Flag.GAP_END
                 elif kind == Kind.MARK:
@@ -131,7 +168,7 @@ async def stream_of(store: PageBlobStore, machine_id: uuid.UUID, keys: dict[int,
                     if not in_gap:
                         found.mark_times[sequence] = int(item.table["time_ns"][row])
                 elif not in_gap:
-                    if flags & Flag.SEED:
+                    if flags & Flag.SEED and not replicas.may_be_copied(disk, offset, length):
                         found.problems.append(f"sequence {sequence} is a background copy outside of gaps")
                     found.sequences.append(sequence)
     found.last = following - 1
@@ -146,7 +183,7 @@ async def judge(stage: Stage) -> int:
         return 0
     log = MachineLog(store, machine_id, keys)
     try:
-        stream = await stream_of(stage.ledger.copy or store, machine_id, keys)
+        stream = await stream_of(stage.ledger.copy or store, machine_id, keys, stage.story.disks)
         left = Left.of(await stage.upkeep.fold()) if stage.upkeep is not None else Left()
     except ReplicarError as error:
         stage.violated(f"the log can't be read: {error}")
@@ -156,6 +193,8 @@ async def judge(stage: Stage) -> int:
         *retained.problems(stage.story.upkeep, left, stream.mark_times, stream.latest_ns),
     ]:
         stage.violated(problem)
+    for audit in stream.contradicted if not stage.damaged_log else ():
+        stage.violated(f"the source held other bytes than the stream gives: {audit}")
     draw = random.Random(f"{stage.story.seed} judgement")
     tried = 0
     history = await survey(log)
@@ -202,7 +241,7 @@ async def _compare(stage: Stage, view: View, what: str, sequence: int) -> None:
         if truth is None:
             stage.violated(f"{what} has a disk {disk.name}")
             continue
-        for wrong in truth.differences(await view.read(disk, 0, disk.size_bytes), sequence):
+        for wrong in truth.differences(await view.read(disk, 0, disk.size_bytes), sequence, is_replica=True):
             stage.violated(f"{what} (sequence {sequence}), disk {disk.name}: {wrong}")
     if {disk.name for disk in view.disks} != set(stage.truths):
         stage.violated(f"{what} has the disks {sorted(disk.name for disk in view.disks)}")
@@ -216,14 +255,16 @@ async def _judge_latest(stage: Stage, log: MachineLog) -> None:
         stage.violated(f"the latest state can't be recovered: {error}")
         return
     for name, image in images.items():
-        truth = stage.truths[name]
-        if image != stage.image(name):
-            got, wanted = truth.numbers(image), truth.numbers(stage.image(name))
+        truth, replica = stage.truths[name], stage.replica(name)
+        if image != replica:
+            got, wanted = truth.numbers(image), truth.numbers(replica)
             places = [int(place) for place in (got != wanted).nonzero()[0][:3]]
             stage.violated(
                 f"the latest state of disk {name} is not the disk: sectors {places} hold writes "
                 f"{[int(got[place]) for place in places]} for {[int(wanted[place]) for place in places]}"
             )
+        for wrong in truth.differences(image, is_replica=True):  # the agent's map says much, and may be wrong
+            stage.violated(f"the latest state of disk {name}: {wrong}")
         for wrong in truth.differences(stage.image(name)):
             stage.violated(f"disk {name} itself: {wrong}")
 

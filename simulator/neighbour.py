@@ -189,7 +189,7 @@ class Neighbour:
                 stage.violated(f"{what} lies at {state.place.sequence}, and was told to at {sequence}")
             for disk in view.disks:
                 image = await view.read(disk, 0, disk.size_bytes)
-                for wrong in truths[disk.name].differences(image, state.place.sequence):
+                for wrong in truths[disk.name].differences(image, state.place.sequence, is_replica=True):
                     stage.violated(f"{what}, disk {disk.name}: {wrong}")
         except ReplicarError as error:
             # A change log that was damaged before it was sent has lost what lay in it, marks too.

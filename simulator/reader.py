@@ -67,7 +67,7 @@ async def _read(stage: Stage, log: MachineLog, draw: random.Random) -> None:
                 if at:
                     await asyncio.sleep(draw.uniform(*PIECE_SECONDS))
                 image += await view.read(disk, at, min(piece, disk.size_bytes - at))
-            for wrong in stage.truths[disk.name].differences(bytes(image), sequence):
+            for wrong in stage.truths[disk.name].differences(bytes(image), sequence, is_replica=True):
                 stage.violated(f"a reader of sequence {sequence} got of disk {disk.name}: {wrong}")
         stage.world.note(f"a reader has read sequence {sequence}")
     except CorruptionError as error:

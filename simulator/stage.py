@@ -15,8 +15,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final
 
+import numpy as np
+
 from config_server.bells import Topic
 from mobility_agent import service
+from mobility_agent.allocation import asking, volumes
+from mobility_agent.capture.disk import Disk
 from mobility_agent.core import Core, open_core
 from replicar.control.client import ControlClient
 from replicar.control.identity import Identity
@@ -91,6 +95,15 @@ class Stage:
     def image(self, disk: str) -> bytes:
         """What a protected disk holds now."""
         return (self.world.machines[self.machine].directory / f"{disk}.img").read_bytes()
+
+    def replica(self, disk: str) -> bytes:
+        """What a replica of it holds once everything is stored: zeros where the agent's map has free space left out."""
+        image = bytearray(self.image(disk))
+        if self.core is not None:
+            for index, skipped in self.core.ladder.skipped.items():
+                if self.core.ladder.disks[index].name == disk:
+                    skipped.blank(0, memoryview(image))
+        return bytes(image)
 
     def status(self) -> dict[str, Any]:
         """What the agent says of itself; empty when it says nothing."""
@@ -336,12 +349,25 @@ class Stage:
                 self.story.seed, self._numbers.next(), 0, first, end
             )
             filled -= end - first
+        for begin, end in disk.free:
+            garbage = make(self.story.seed, self._numbers.next(), 0, begin // SECTOR_BYTES, end // SECTOR_BYTES)
+            image[begin:end] = garbage
         content = bytes(image)
         path = self.world.machines[self.machine].directory / f"{disk.name}.img"
         self.world.machines[self.machine].files.put(
             path, disk.size_bytes, {at // PAGE: content[at : at + PAGE] for at in range(0, len(content), PAGE)}
         )
-        self.truths[disk.name] = Truth(self.story.seed, content, self.world.loop.time)
+        self.truths[disk.name] = Truth(self.story.seed, content, self.world.loop.time, disk.free)
+
+    def _free_space(self, read: Callable[[int, int], bytes], size: int) -> volumes.FreeSpace:
+        """A stand-in for the parsers of file systems, of which there are none on the world's disks: as the story says.
+
+        Args:
+            read: of a disk, which is how it is known which one.
+        """
+        disk: Disk = getattr(read, "__self__")  # noqa: B009 - of a bound method
+        free = next(each.free for each in self.story.disks if each.name == disk.name)
+        return volumes.FreeSpace(np.array(free, np.int64).reshape(-1, 2), ())
 
     @asynccontextmanager
     async def observed(self, *args: Any, **options: Any) -> AsyncIterator[Core]:
@@ -373,5 +399,6 @@ class Stage:
     @contextmanager
     def standing(self) -> Iterator[None]:
         """While the story is told."""
-        with replaced((service, "open_core", self.observed), *folder.SPANS):
+        asked = (asking, "free_space", self._free_space)
+        with replaced((service, "open_core", self.observed), asked, *folder.SPANS):
             yield

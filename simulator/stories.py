@@ -82,7 +82,8 @@ def _group(data: dict[str, Any] | None) -> GroupPlan | None:
 
 
 def _disk(data: dict[str, Any]) -> DiskPlan:
-    return DiskPlan(**{**data, "workload": _workload(data["workload"])})
+    free = tuple((begin, end) for begin, end in data.get("free", ()))
+    return DiskPlan(**{**data, "workload": _workload(data["workload"]), "free": free})
 
 
 def _workload(data: dict[str, Any]) -> Workload | Replay:

@@ -29,18 +29,25 @@ MOST_FAULTS: Final = 16
 UPKEEP_SHARE: Final = 0.3
 GROUP_SHARE: Final = 0.2
 VERSIONS_SHARE: Final = 0.2
+#: How many leave free space out of the first copy.
+LEFT_OUT_SHARE: Final = 0.25
 MORE_FAULTS: Final = 3
 _KIB: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class DiskPlan:
-    """One protected disk: its size, how much of it is written at first, and what its application does."""
+    """One protected disk: its size, how much of it is written at first, and what its application does.
+
+    `free` is what a file system would say that it does not use, in bytes (begin, end); garbage lies there. The
+    application writes there as anywhere.
+    """
 
     name: str
     size_bytes: int
     filled_share: float
     workload: Workload | Replay
+    free: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,8 @@ class Story:
             f"{disk.name} of {disk.size_bytes >> 10} KiB under {disk.workload.kind}" for disk in self.disks
         )
         lines = [f"seed {self.seed}: {disks}; {len(self.faults)} faults in {self.seconds:g} s"]
+        if not self.agent.copy_free_space:
+            lines.append("  free space is left out")
         if self.upkeep is not None:
             lines.append(f"  folded{' by a worker and by hand' if self.upkeep.by_hand else ' by a worker'}")
         if self.group is not None:
@@ -75,12 +84,19 @@ class Story:
         return "\n".join(lines)
 
 
-def story_of(seed: int, *, kinds: tuple[str, ...] | None = None, workload: Workload | None = None) -> Story:
+def story_of(
+    seed: int,
+    *,
+    kinds: tuple[str, ...] | None = None,
+    workload: Workload | None = None,
+    leaves_out: bool = False,
+) -> Story:
     """The story of a seed.
 
     Args:
         kinds: of faults, instead of all.
         workload: of every disk, instead of what the seed would choose.
+        leaves_out: with `kinds`: free space is left out.
     """
     draw = random.Random(f"{seed} story")
     names = ("root", "data")[: draw.choice((1, 1, 1, 2))]
@@ -108,12 +124,31 @@ def story_of(seed: int, *, kinds: tuple[str, ...] | None = None, workload: Workl
         wanted = bool(set(kinds) & set(kinds_of("upkeep")))
         upkeep = replace(_upkeep(seed), reader=True) if wanted else None
         group = _group(seed) if set(kinds) & set(kinds_of("group")) else None
-        return replace(story, upkeep=upkeep, group=group)
-    return _with_versions(_in_a_group(_kept_up(story)))
+        story = replace(story, upkeep=upkeep, group=group)
+        return _leaving_out(story, random.Random(f"{seed} free space")) if leaves_out else story
+    return _with_versions(_in_a_group(_kept_up(_with_free_space(story))))
+
+
+def _with_free_space(story: Story) -> Story:
+    """The story with free space that is left out, if it is. What is drawn here leaves the rest of it as it is."""
+    draw = random.Random(f"{story.seed} free space")
+    return _leaving_out(story, draw) if draw.random() < LEFT_OUT_SHARE else story
+
+
+def _leaving_out(story: Story, draw: random.Random) -> Story:
+    disks = tuple(replace(disk, free=_free(disk.size_bytes, draw)) for disk in story.disks)
+    return replace(story, disks=disks, agent=replace(story.agent, copy_free_space=False))
+
+
+def _free(size: int, draw: random.Random) -> tuple[tuple[int, int], ...]:
+    begin = draw.randrange(0, size // 2, 4 * _KIB)
+    end = size - draw.randrange(0, 3 * size // 4 - begin, 4 * _KIB)
+    used = draw.randrange(begin + 4 * _KIB, end - 4 * _KIB, 4 * _KIB)
+    return draw.choice((((begin, end),), ((begin, used), (used + 4 * _KIB, end))))
 
 
 def _kept_up(story: Story) -> Story:
-    """The story with its upkeep, if it has any. What is drawn here leaves the rest of it as it is."""
+    """The story with its upkeep, if it has any; likewise."""
     draw = random.Random(f"{story.seed} kept up")
     if draw.random() >= UPKEEP_SHARE:
         return story

@@ -31,10 +31,11 @@ class Bug:
     names: Callable[[], Names]
     faults: tuple[str, ...]
     workload: Workload | None = None
+    leaves_out: bool = False
 
     def story(self, seed: int) -> Story:
         """A story in which it has occasion to show."""
-        return story_of(seed, kinds=self.faults, workload=self.workload)
+        return story_of(seed, kinds=self.faults, workload=self.workload, leaves_out=self.leaves_out)
 
 
 #: More than a change log holds, while nothing goes out.
@@ -47,8 +48,12 @@ _AGAIN: Final = Workload(Kind.LOG_APPEND, rate=4.0)
 _LAZY: Final = Workload(Kind.UNIFORM, rate=3.0, flush_share=0.0)
 
 
-def _bug(names: Callable[[], Names], *faults: str, workload: Workload | None = None) -> Bug:
-    return Bug((names.__doc__ or "").strip().splitlines()[0], names, faults, workload)
+#: The same, by sectors, so that pages are written in part.
+_BY_SECTORS: Final = Workload(Kind.UNIFORM, rate=3.0, block_bytes=(512,))
+
+
+def _bug(names: Callable[[], Names], *faults: str, workload: Workload | None = None, leaves_out: bool = False) -> Bug:
+    return Bug((names.__doc__ or "").strip().splitlines()[0], names, faults, workload, leaves_out)
 
 
 PLANTED: Final[Mapping[str, Bug]] = {
@@ -61,6 +66,16 @@ PLANTED: Final[Mapping[str, Bug]] = {
     "last_write_is_not_redone": _bug(agent.last_write_is_not_redone, "agent_killed"),
     "numbers_come_twice": _bug(agent.numbers_come_twice, "machine_power"),
     "digests_are_kept": _bug(agent.digests_are_kept, "machine_power", "write_errors"),
+    "written_pages_stay_left_out": _bug(
+        agent.written_pages_stay_left_out, "link_reset", "agent_killed", workload=_LAZY, leaves_out=True
+    ),
+    "rest_of_a_page_is_forgotten": _bug(
+        agent.rest_of_a_page_is_forgotten, "link_reset", "agent_killed", workload=_BY_SECTORS, leaves_out=True
+    ),
+    "left_out_is_believed": _bug(
+        agent.left_out_is_believed, "machine_power", "link_reset", workload=_LAZY, leaves_out=True
+    ),
+    "audits_are_told_late": _bug(agent.audits_are_told_late, "link_reset", "agent_killed", workload=_BUSY),
     "stored_out_of_order": _bug(server.stored_out_of_order, "late_writes", "storage_fails", "storage_throttles"),
     "lease_is_forgotten": _bug(server.lease_is_forgotten, "takeover", "late_writes", "server_killed", workload=_LAZY),
     "frames_lost_at_takeover": _bug(server.frames_lost_at_takeover, "takeover", "storage_away"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from mobility_agent.allocation.skipped import PAGE_BYTES, SkippedPages
+from mobility_agent.auditing import Auditor
 from mobility_agent.capture.disk import Disk
 from mobility_agent.capture.inline import InlineCapture
 from mobility_agent.digests import Digests
@@ -73,6 +75,52 @@ def gap_is_not_said() -> Names:
             self.log.state.gap_open = True
 
     return ((Ladder, "open_gap", silent),)
+
+
+def written_pages_stay_left_out() -> Names:
+    """A page that is written stays in the map of what is left out."""
+
+    def observe(self: SkippedPages, table: Any, disk: int) -> None:
+        """It is not looked at."""
+
+    return ((SkippedPages, "observe", observe),)
+
+
+def rest_of_a_page_is_forgotten() -> Names:
+    """What lay beside a write in a page that was left out is never copied."""
+    leave = SkippedPages.leave
+
+    def forgetful(self: SkippedPages, offset: int, length: int) -> None:
+        begin, end = offset // PAGE_BYTES * PAGE_BYTES, -(-(offset + length) // PAGE_BYTES) * PAGE_BYTES
+        leave(self, begin, end - begin)
+
+    return ((SkippedPages, "leave", forgetful),)
+
+
+def left_out_is_believed() -> Names:
+    """After a power cut the map of what is left out is believed, whatever was written since it was durable."""
+    mark = Ladder._mark_doubtful
+
+    def believing(self: Ladder) -> None:
+        skipped, self.skipped = self.skipped, {}
+        mark(self)
+        self.skipped = skipped
+
+    return ((Ladder, "_mark_doubtful", believing),)
+
+
+def audits_are_told_late() -> Names:
+    """An audit is told some time after it was read, whatever was written meanwhile."""
+
+    async def late(self: Auditor, disk: Disk, offset: int, length: int) -> bool | None:
+        await self._pace(length)
+        digest = self._digest(disk, offset, length)
+        await self._clock.sleep(0.5)
+        if not self._can_go_on() or self._ladder.log.append_audit(disk.index, offset, length, digest) is None:
+            return None
+        return True
+
+    return ((Auditor, "_audit", late),)
 
 
 def gap_ends_early() -> Names:

@@ -63,6 +63,7 @@ class AgentPlan:
     audit_bytes_per_second: int = 256 << 10
     mark_every_seconds: int = 0
     seed_bytes_per_second: int = 0
+    copy_free_space: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,7 @@ def _agent_settings(directory: Path, plan: AgentPlan) -> AgentSettings:
         seed_bytes_per_second=ByteSize(plan.seed_bytes_per_second) if plan.seed_bytes_per_second else None,
         audit_bytes_per_second=ByteSize(plan.audit_bytes_per_second),
         mark_every_seconds=plan.mark_every_seconds,
+        copy_free_space=plan.copy_free_space,
     )
 
 

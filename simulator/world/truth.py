@@ -11,6 +11,9 @@ for the state after any sequence S, without any clock:
 Since nobody has two changes in flight at one place, a sector's changes have an order, and what it may hold is the last
 one that must be there or any that may be behind it.
 
+Free space that is left out of the first copy was garbage to begin with, and nobody reads it: until it is written a
+replica may have zeros there.
+
 A power cut begins another *era*: what the disk really held afterwards, read from the disk itself, is the new beginning,
 for the sequences from where the stream goes on. Of what had been flushed nothing may be missing there.
 
@@ -20,7 +23,7 @@ or damage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -71,13 +74,23 @@ class Truth:
         seed: of the application's stamps.
         image: what the disk holds at first.
         now: the world's time.
+        free: bytes (begin, end) that are left out of the first copy.
     """
 
-    def __init__(self, seed: int, image: bytes, now: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        image: bytes,
+        now: Callable[[], float] = lambda: 0.0,
+        free: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.seed = seed
         self._now = now
         self.sectors = len(image) // SECTOR_BYTES
         self.eras = [Era(0, self.numbers(image))]
+        self._free = np.zeros(self.sectors, bool)
+        for begin, end in free:
+            self._free[begin // SECTOR_BYTES : end // SECTOR_BYTES] = True
         self._in_flight: list[Change] = []
 
     @property
@@ -147,10 +160,13 @@ class Truth:
         found[zeros] = 0
         return found
 
-    def differences(self, image: bytes, sequence: int = EVER - 1) -> list[str]:
-        """Where an image can't be the disk after `sequence`, in words; empty when it can be."""
+    def differences(self, image: bytes, sequence: int = EVER - 1, *, is_replica: bool = False) -> list[str]:
+        """Where an image can't be the disk after `sequence`, or a replica of it, in words; empty when it can be."""
         found = self.numbers(image)
         era = next(each for each in reversed(self.eras) if each.floor <= sequence)
+        if is_replica and self._free.any():
+            garbage = self._free & (era.base == self.eras[0].base) & (found == 0)
+            era = Era(era.floor, np.where(garbage, 0, era.base), era.changes)
         return list(self._judge(found, era, sequence))
 
     def _judge(self, found: Numbers, era: Era, sequence: int) -> Iterator[str]:

@@ -20,6 +20,8 @@ QUICK = {
     "gap_ends_early",
     "needed_segment_is_freed",
     "group_of_some",
+    "written_pages_stay_left_out",
+    "audits_are_told_late",
 }
 
 
