@@ -128,6 +128,8 @@ class Auditor:
             await self._clock.sleep(0)  # there may be much in a row, and the disk's clients come in between
             return True
         in_part = self._ladder.is_left_out(disk.index, self._offset, length)
+        if in_part:
+            await self._clock.sleep(0)  # likewise
         done = False if in_part else await self._audit(disk, self._offset, length)
         if done is False:
             done = await self._audit_pieces(disk, self._offset, length)

@@ -53,6 +53,8 @@ class DirtyExtents:
     def __init__(self, path: Path, capacity: int = CAPACITY) -> None:
         assert capacity < 1 << _BITS, "the place has 20 bits for a number of entries"
         self.capacity = capacity
+        #: How often the row was merged since it is open: an extent that was the first need not be so any more.
+        self.merges = 0
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         size = _PAGE + 2 * capacity * _PACK.size
         body = _HEAD.pack(_MAGIC, capacity)
@@ -120,8 +122,13 @@ class DirtyExtents:
         offset, length, disk = _PACK.unpack_from(self._file, place)
         return disk, offset, length
 
-    def copied(self) -> None:
-        """The first one's content is in the log."""
+    def copied(self, merges: int) -> None:
+        """The content is in the log of what was the first when the row had been merged so often.
+
+        If it was merged since, nobody knows which that is, or whether it was written again: it is copied once more.
+        """
+        if merges != self.merges:
+            return
         assert self._first < self._count, "there is a first extent while it is copied"
         self._first += 1
         if self._first == self._count:
@@ -152,6 +159,7 @@ class DirtyExtents:
         self._file[place : place + merged.nbytes] = merged.tobytes()
         self._row, self._first, self._count = other, 0, len(merged)
         self._save()
+        self.merges += 1
         return len(merged) <= self.capacity * _HELPFUL_SHARE
 
     def _save(self) -> None:

@@ -130,7 +130,7 @@ class Ladder:
             if self.log.state.is_new:
                 reason = "initial replication"
             elif self.log.survived and not self.log.state.gap_open:
-                reason = "a disk is new, or has grown"
+                reason = "a disk is new or has grown, or a part of one was still to be copied"
             self.open_gap(reason)
         for disk in self.disks.values():
             self.log.say(Kind.DISK, record.Disk(disk.index, disk.name, disk.size_bytes))

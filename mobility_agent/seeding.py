@@ -71,7 +71,7 @@ class Seeder:
         """Copy what was written while the log was full; whether anything was."""
         extents, worked = self._ladder.extents, False
         while extents is not None and (found := extents.first()) is not None:
-            index, offset, length = found
+            (index, offset, length), merges = found, extents.merges
             disk, end = self._ladder.disks.get(index), offset + length
             while disk is not None and offset < end:
                 piece = min(COPY_BYTES, end - offset)
@@ -82,8 +82,11 @@ class Seeder:
                     await self._clock.sleep(IDLE_SECONDS)
                     continue
                 offset += piece
+                if offset == end:
+                    extents.copied(merges)  # in the step of the copy, as regions are cleared
                 await self._pace(piece)
-            extents.copied()
+            if disk is None:
+                extents.copied(merges)
             worked = True
         return worked
 
@@ -107,16 +110,18 @@ class Seeder:
                 continue
             alike_end, is_data = disk.data_end(start)
             end = min(end, max(alike_end // regions.region_bytes * regions.region_bytes, start + regions.region_bytes))
-            if not is_data and alike_end >= min(start + regions.region_bytes, disk.size_bytes):
+            is_hole = not is_data and alike_end >= min(start + regions.region_bytes, disk.size_bytes)
+            if is_hole:
                 end = min(end, disk.size_bytes)
                 copied = self._zero(disk, start, end - start)
             else:
                 end = min(end, start + COPY_BYTES, disk.size_bytes)
                 copied = await self._copy(disk, start, end - start)
-                await self._pace(end - start)
             if copied:
-                regions.clear(start, end - start)
-            else:
+                regions.clear(start, end - start)  # in the step of the copy: what is marked from here on stays marked
+            if not is_hole:
+                await self._pace(end - start)
+            if not copied:
                 await self._clock.sleep(IDLE_SECONDS)
             worked = worked or copied
             at = end if copied else start

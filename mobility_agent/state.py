@@ -312,7 +312,7 @@ def digests_path(state: StateDirectory, index: int) -> Path:
 
 
 def skipped_path(state: StateDirectory, index: int) -> Path:
-    """Where the map of a disk's free regions lies that are left out."""
+    """Where the map lies of what is left out of a disk: pages of free space."""
     return state.log / f"disk-{index}.free"
 
 

@@ -31,6 +31,9 @@ GROUP_SHARE: Final = 0.2
 VERSIONS_SHARE: Final = 0.2
 #: How many leave free space out of the first copy.
 LEFT_OUT_SHARE: Final = 0.25
+#: How many have background copies held to a rate, and to which, in bytes a second.
+PACED_SHARE: Final = 0.2
+PACES: Final = (64 << 10, 256 << 10)
 MORE_FAULTS: Final = 3
 _KIB: Final = 1024
 
@@ -90,6 +93,7 @@ def story_of(
     kinds: tuple[str, ...] | None = None,
     workload: Workload | None = None,
     leaves_out: bool = False,
+    is_paced: bool = False,
 ) -> Story:
     """The story of a seed.
 
@@ -97,6 +101,7 @@ def story_of(
         kinds: of faults, instead of all.
         workload: of every disk, instead of what the seed would choose.
         leaves_out: with `kinds`: free space is left out.
+        is_paced: with `kinds`: background copies are held to a rate.
     """
     draw = random.Random(f"{seed} story")
     names = ("root", "data")[: draw.choice((1, 1, 1, 2))]
@@ -125,12 +130,23 @@ def story_of(
         upkeep = replace(_upkeep(seed), reader=True) if wanted else None
         group = _group(seed) if set(kinds) & set(kinds_of("group")) else None
         story = replace(story, upkeep=upkeep, group=group)
+        story = _paced(story, random.Random(f"{seed} pace")) if is_paced else story
         return _leaving_out(story, random.Random(f"{seed} free space")) if leaves_out else story
-    return _with_versions(_in_a_group(_kept_up(_with_free_space(story))))
+    return _with_versions(_in_a_group(_kept_up(_with_free_space(_with_a_pace(story)))))
+
+
+def _with_a_pace(story: Story) -> Story:
+    """The story with copies held to a rate, if they are. What is drawn here leaves the rest of it as it is."""
+    draw = random.Random(f"{story.seed} pace")
+    return _paced(story, draw) if draw.random() < PACED_SHARE else story
+
+
+def _paced(story: Story, draw: random.Random) -> Story:
+    return replace(story, agent=replace(story.agent, seed_bytes_per_second=draw.choice(PACES)))
 
 
 def _with_free_space(story: Story) -> Story:
-    """The story with free space that is left out, if it is. What is drawn here leaves the rest of it as it is."""
+    """The story with free space that is left out, if it is; likewise."""
     draw = random.Random(f"{story.seed} free space")
     return _leaving_out(story, draw) if draw.random() < LEFT_OUT_SHARE else story
 

@@ -1,6 +1,6 @@
 """Which pages of a disk are left out because its file system had nothing there: the replica has zeros for them.
 
-    asked, once         all of the regions that are wholly free is put here, durably, before the disk is first served
+    asked, once         the regions that are wholly free are put here, durably, before their disk is first served
     copied              as zeros; whatever the disk has there is not sent
     written, whole      the page leaves the map: the write in the stream is all that it holds
     written, in part    the page leaves the map, and its region is dirty: what was left out of the page is in no frame
@@ -37,6 +37,7 @@ from mobility_agent import grown
 from mobility_agent.allocation.source import Ranges
 from mobility_agent.mapped import MappedFile
 from mobility_agent.regions import DirtyRegions
+from replicar.control.files import write_file
 from replicar.formats.frame import Flag, Kind
 
 #: What file systems write whole; smaller pages would make the map larger, larger ones have more copied.
@@ -65,8 +66,8 @@ class SkippedPages:
 
     Args:
         path: its file; made, with nothing left out, if it is missing or describes a disk that was larger. Of one that
-            was smaller, nothing of what was added is left out. What an agent left out that kept a map of whole regions
-            is dirty, to be copied.
+            was smaller, nothing of what was added is left out. A map of whole regions, as agents kept it before, is
+            rewritten first.
         regions: of the same disk, whole bytes of the map each; the caller's to close, after this.
     """
 
@@ -75,15 +76,13 @@ class SkippedPages:
         self._stride, rest = divmod(regions.region_bytes, 8 * PAGE_BYTES)
         assert not rest, "a region is whole bytes of the map"
         size = _HEADER_BYTES + regions.regions * self._stride
+        _rewrite_former(path, regions, self._stride)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         head = grown.header(_HEADER, _MAGIC, regions.disk_bytes, PAGE_BYTES)
         found = os.pread(fd, len(head), 0)
         before = grown.size_before(_HEADER, _MAGIC, found, regions.disk_bytes, PAGE_BYTES)
         self.is_new = found != head and before is None
         if self.is_new:
-            if found.startswith(_FORMER_MAGIC):
-                self._take_over(os.pread(fd, regions.regions, _HEADER_BYTES))
-                self.is_new = False
             os.ftruncate(fd, 0)
         os.ftruncate(fd, size)
         self.file = MappedFile(fd, size)
@@ -93,11 +92,6 @@ class SkippedPages:
             self.file.mapping[: len(head)] = head
             self.file.sync()
         self.file.store_again()  # a former process may have been killed over a sync that failed
-
-    def _take_over(self, former: bytes) -> None:
-        for number in np.flatnonzero(np.frombuffer(former, np.uint8)).tolist():
-            self._regions.mark(number * self._regions.region_bytes, 1)
-        self._regions.file.sync()  # first: without the map nothing else says so
 
     @property
     def byte_count(self) -> int:
@@ -139,23 +133,31 @@ class SkippedPages:
     def leave(self, offset: int, length: int) -> None:
         """All of it is written by a frame that is in the log, or noted as dirty: its pages leave. What they hold beside
         it is dirty."""
-        view = self._view(offset, length)
-        left = int(np.count_nonzero(view.pages))
-        if not left:
-            return
         end = offset + length
-        if offset % PAGE_BYTES and view.pages[0]:  # marked first: killed between the two, it is copied
+        first, last = offset // PAGE_BYTES, (end - 1) // PAGE_BYTES
+        part = self._map[first // 8 : last // 8 + 1]
+        if not part.any():
+            return
+        if offset % PAGE_BYTES and part[0] >> first % 8 & 1:  # marked first: killed between the two, it is copied
             self._regions.mark(offset, 1)
-        if end % PAGE_BYTES and view.pages[-1]:
+        if end % PAGE_BYTES and part[-1] >> last % 8 & 1:
             self._regions.mark(end, 1)
-        view.pages[:] = 0
-        self._map[view.at : view.at + len(view.bits) // 8] = np.packbits(view.bits, bitorder="little")
-        self._pages -= left
+        # A range may be a whole disk, so it is gone through by bytes: only at its ends may some of one stay.
+        before = int(_ONES[part].sum())
+        below, above = (1 << first % 8) - 1, _ALL << last % 8 + 1 & _ALL
+        if len(part) == 1:
+            part[0] &= below | above
+        else:
+            part[1:-1] = 0
+            part[0] &= below
+            part[-1] &= above
+        self._pages -= before - int(_ONES[part].sum())
 
     def leave_all(self) -> None:
         """Nothing is left out any more; what was is dirty."""
         for number in np.flatnonzero(self._map.reshape(-1, self._stride).any(axis=1)).tolist():
             self._regions.mark(number * self._regions.region_bytes, 1)
+        self._regions.file.sync()  # first: no touched record has these, and the map may be on the disk sooner
         self._map[:] = 0
         self._pages = 0
 
@@ -204,3 +206,26 @@ class SkippedPages:
         """Durably; before its regions are closed."""
         del self._map
         self.file.close()
+
+
+def _rewrite_former(path: Path, regions: DirtyRegions, stride: int) -> None:
+    """Have a map of the former version, one byte a region, as one of pages, or leave the file as it is."""
+    try:
+        with path.open("rb") as file:
+            found = file.read(_HEADER.size + 8)
+            size = regions.disk_bytes
+            if found != grown.header(_HEADER, _FORMER_MAGIC, size, regions.region_bytes):
+                before = grown.size_before(_HEADER, _FORMER_MAGIC, found, size, regions.region_bytes)
+                if before is None:
+                    return
+                size = before
+            file.seek(_HEADER_BYTES)
+            flags = np.frombuffer(file.read(-(-size // regions.region_bytes)), np.uint8) != 0
+    except FileNotFoundError:
+        return
+    if size % regions.region_bytes and flags[-1]:  # a last region that is short is not left out any more
+        regions.mark(size - 1, 1)
+        regions.file.sync()
+        flags[-1] = False
+    head = grown.header(_HEADER, _MAGIC, size, PAGE_BYTES).ljust(_HEADER_BYTES, b"\0")
+    write_file(path, head + np.repeat(flags.astype(np.uint8) * _ALL, stride).tobytes(), mode=0o600)

@@ -32,10 +32,13 @@ class Bug:
     faults: tuple[str, ...]
     workload: Workload | None = None
     leaves_out: bool = False
+    is_paced: bool = False
 
     def story(self, seed: int) -> Story:
         """A story in which it has occasion to show."""
-        return story_of(seed, kinds=self.faults, workload=self.workload, leaves_out=self.leaves_out)
+        return story_of(
+            seed, kinds=self.faults, workload=self.workload, leaves_out=self.leaves_out, is_paced=self.is_paced
+        )
 
 
 #: More than a change log holds, while nothing goes out.
@@ -50,10 +53,17 @@ _LAZY: Final = Workload(Kind.UNIFORM, rate=3.0, flush_share=0.0)
 
 #: The same, by sectors, so that pages are written in part.
 _BY_SECTORS: Final = Workload(Kind.UNIFORM, rate=3.0, block_bytes=(512,))
+_MANY_SECTORS: Final = Workload(Kind.UNIFORM, rate=20.0, block_bytes=(512,))
 
 
-def _bug(names: Callable[[], Names], *faults: str, workload: Workload | None = None, leaves_out: bool = False) -> Bug:
-    return Bug((names.__doc__ or "").strip().splitlines()[0], names, faults, workload, leaves_out)
+def _bug(
+    names: Callable[[], Names],
+    *faults: str,
+    workload: Workload | None = None,
+    leaves_out: bool = False,
+    is_paced: bool = False,
+) -> Bug:
+    return Bug((names.__doc__ or "").strip().splitlines()[0], names, faults, workload, leaves_out, is_paced)
 
 
 PLANTED: Final[Mapping[str, Bug]] = {
@@ -74,6 +84,14 @@ PLANTED: Final[Mapping[str, Bug]] = {
     ),
     "left_out_is_believed": _bug(
         agent.left_out_is_believed, "machine_power", "link_reset", workload=_LAZY, leaves_out=True
+    ),
+    "clean_when_its_turn_is_over": _bug(
+        agent.clean_when_its_turn_is_over,
+        "link_reset",
+        "link_slow",
+        workload=_MANY_SECTORS,
+        leaves_out=True,
+        is_paced=True,
     ),
     "audits_are_told_late": _bug(agent.audits_are_told_late, "link_reset", "agent_killed", workload=_BUSY),
     "stored_out_of_order": _bug(server.stored_out_of_order, "late_writes", "storage_fails", "storage_throttles"),

@@ -109,6 +109,18 @@ def left_out_is_believed() -> Names:
     return ((Ladder, "_mark_doubtful", believing),)
 
 
+def clean_when_its_turn_is_over() -> Names:
+    """A region counts as clean when its copy has waited for the rate, whatever was marked meanwhile."""
+    copy = Seeder._copy
+
+    async def waiting(self: Seeder, disk: Disk, start: int, length: int) -> bool:
+        copied = await copy(self, disk, start, length)
+        await self._pace(length)
+        return copied
+
+    return ((Seeder, "_copy", waiting),)
+
+
 def audits_are_told_late() -> Names:
     """An audit is told some time after it was read, whatever was written meanwhile."""
 

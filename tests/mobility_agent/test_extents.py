@@ -14,7 +14,7 @@ def _drain(extents: DirtyExtents) -> list[tuple[int, int, int]]:
     found = []
     while (first := extents.first()) is not None:
         found.append(first)
-        extents.copied()
+        extents.copied(extents.merges)
     return found
 
 
@@ -32,7 +32,7 @@ def test_a_killed_process_leaves_what_was_noted_and_not_copied(tmp_path: Path) -
     extents = DirtyExtents(tmp_path / "extents", capacity=8)
     for place in range(4):
         extents.note(0, place * 512, 512)
-    extents.copied()
+    extents.copied(extents.merges)
     again = DirtyExtents(tmp_path / "extents", capacity=8)  # the first one is not closed, as a killed one is not
     assert not again.is_new
     assert _drain(again) == [(0, place * 512, 512) for place in range(1, 4)]
@@ -47,6 +47,17 @@ def test_a_full_row_is_merged_and_takes_more(tmp_path: Path) -> None:
     assert len(extents) <= 8
     extents.merge()
     assert _drain(extents) == [(0, 0, 2048)]
+    extents.close()
+
+
+def test_an_extent_that_was_merged_while_it_was_copied_is_copied_again(tmp_path: Path) -> None:
+    extents = DirtyExtents(tmp_path / "extents", capacity=8)
+    extents.note(0, 8192, 512)
+    merges = extents.merges
+    for place in (0, 1, 0, 1, 0, 1, 0, 2):  # the last one finds the row full
+        extents.note(0, place * 512, 512)
+    extents.copied(merges)  # of what was first then, behind what comes first now
+    assert _drain(extents) == [(0, 0, 1024), (0, 8192, 512), (0, 1024, 512)]
     extents.close()
 
 

@@ -133,14 +133,25 @@ def test_everything_that_was_left_out_can_be_made_dirty(tmp_path: Path) -> None:
         assert not pages_of(skipped)
 
 
-def test_what_an_agent_left_out_that_kept_whole_regions_is_copied(tmp_path: Path) -> None:
-    former = grown.header(module._HEADER, b"RPSKIPD\x01", DISK_BYTES, MIB).ljust(4096, b"\0")
-    (tmp_path / "free").write_bytes(former + bytes((0, 1, 1, 0, 0, 1, 0)))
-    DirtyRegions(tmp_path / "regions", DISK_BYTES).close()
-    with opened(tmp_path) as (_, regions):
-        regions.clear(0, DISK_BYTES)
-    (tmp_path / "free").write_bytes(former + bytes((0, 1, 1, 0, 0, 1, 0)))
+@pytest.mark.parametrize("disk_bytes", [DISK_BYTES, 5 * MIB + 512])
+def test_a_map_of_whole_regions_becomes_one_of_pages(tmp_path: Path, disk_bytes: int) -> None:
+    former = grown.header(module._HEADER, b"RPSKIPD\x01", disk_bytes, MIB).ljust(4096, b"\0")
+    flags = [0, 1, 1, 0, 0, 1, 1][: -(-disk_bytes // MIB)]
+    (tmp_path / "free").write_bytes(former + bytes(flags))
+    regions = DirtyRegions(tmp_path / "regions", disk_bytes)
+    regions.clear(0, disk_bytes)
+    regions.close()
     with opened(tmp_path) as (skipped, regions):
-        assert regions.dirty().tolist() == [1, 2, 5]
-        assert skipped.byte_count == 0
+        last = len(flags) - 1  # it is short, and is copied
+        assert pages_of(skipped) == {n * 256 + page for n in range(last) if flags[n] for page in range(256)}
+        assert last in regions.dirty()
         assert not skipped.is_new  # nobody is asked again
+
+
+def test_a_map_of_another_disk_is_not_believed(tmp_path: Path) -> None:
+    for size, unit in ((DISK_BYTES + MIB, MIB), (DISK_BYTES, MIB // 2)):
+        former = grown.header(module._HEADER, b"RPSKIPD\x01", size, unit).ljust(4096, b"\0")
+        (tmp_path / "free").write_bytes(former + bytes([1]) * 16)
+        with opened(tmp_path) as (skipped, _):
+            assert skipped.is_new
+            assert skipped.byte_count == 0

@@ -198,6 +198,34 @@ async def test_what_is_left_out_is_not_audited_and_is_once_it_was_written_to(tmp
         assert near & await audited(core, audits) == {first, second}
 
 
+@pytest.mark.parametrize("length", [PAGE_BYTES, 512])
+async def test_clients_come_in_between_while_audits_pass_over_much(tmp_path: Path, length: int) -> None:
+    make_disk(tmp_path)
+    async with agent_core(tmp_path, limit_bytes=LOG_BYTES, copy_free_space=False) as core:
+        await copied(core)
+        async with await NbdClient.connect(core.socket) as client:
+            for page in left_out(core)[::16]:
+                await client.write(page * PAGE_BYTES, bytes(length))
+        core.log.seal()
+        audits = Auditor(core.ladder, SystemClock(), tmp_path / "audit.json", bytes_per_second=FAST)
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        between = asyncio.create_task(others())
+        await asyncio.sleep(0)
+        for number in range(DISK_BYTES // MIB):
+            before = turns
+            assert await audits.step()
+            assert turns > before, number
+        between.cancel()
+        await asyncio.gather(between, return_exceptions=True)
+
+
 def chunks(pages: Iterable[int]) -> set[int]:
     """The numbers of the chunks, as audits divide a disk, that these pages lie in."""
     return {page * PAGE_BYTES // CHUNK_BYTES for page in pages}
@@ -273,6 +301,30 @@ async def test_a_disk_whose_journal_is_not_replayed_is_copied_whole(tmp_path: Pa
     async with agent_core(tmp_path, limit_bytes=LOG_BYTES, copy_free_space=False) as core:
         await copied(core)
         assert replay(frames_of(core.log), DISK_BYTES) == (tmp_path / "disk.img").read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_power_cut_behind_a_change_of_mind_leaves_nothing_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    make_disk(before)
+    with monkeypatch.context() as patched:
+        power = Power(before, patched)
+        async with agent_core(before, limit_bytes=LOG_BYTES, copy_free_space=False) as core:
+            await copied(core)
+            await Checkpointer(core.ladder, SystemClock()).checkpoint()
+            await Checkpointer(core.ladder, SystemClock()).checkpoint()
+            core.log.seal()
+            received = frames_of(core.log)
+        async with agent_core(before, limit_bytes=LOG_BYTES, copy_free_space=True):
+            power.cut(after, random.Random(seed))
+    async with agent_core(after, limit_bytes=LOG_BYTES, boot_id=b"later".ljust(16), copy_free_space=True) as core:
+        await copied(core)
+        held = replay(received, DISK_BYTES)
+        replica = replay(frames_of(core.log, received[-1].header.next_sequence), DISK_BYTES, base=held)
+        assert replica == core.disk.path.read_bytes()
 
 
 @pytest.mark.parametrize("seed", range(6))
