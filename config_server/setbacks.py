@@ -48,7 +48,11 @@ def follow(connection: sqlite3.Connection, *, now_ns: int, latest_ns: int) -> No
     for table, column in _PAST:
         connection.execute(f"UPDATE {table} SET {column} = min({column}, ?)", (now_ns,))  # noqa: S608 - names of ours
     end_ns = upkeep.lease_end(now_ns)
-    connection.execute("UPDATE upkeep SET due_ns = max(due_ns - ?, min(due_ns, ?))", (back_ns, end_ns))
+    connection.execute(
+        "UPDATE upkeep SET due_ns = max(due_ns - ?, min(due_ns, ?)) WHERE owner != ''", (back_ns, end_ns)
+    )
+    # What is nobody's is no lease, and too early does no harm.
+    connection.execute("UPDATE upkeep SET due_ns = due_ns - ? WHERE owner = '' AND due_ns > ?", (back_ns, now_ns))
     end_ns = claims.lease_end(now_ns)
     connection.execute(
         "UPDATE jobs SET due_ns = max(due_ns - ?, min(due_ns, ?)) WHERE ended_ns IS NULL", (back_ns, end_ns)

@@ -118,7 +118,8 @@ class Ladder:
             if self.extents is not None and self.extents.is_new and self.log.state.gap_open:
                 for regions in self.regions.values():  # the row of extents is gone, and nobody can tell what it held
                     regions.mark_all()
-            self._redo()
+            if not self.log.state.was_clean:  # else it was done, and the disk may have been used since by others
+                self._redo()
             for index, digests in self.digests.items():  # a former process may have been killed over a failed sync
                 for offset, length in self.touched[index].ranges():
                     digests.store_again(offset, length)
@@ -198,7 +199,7 @@ class Ladder:
     def mended(self, disk: int, ranges: Sequence[tuple[int, int]]) -> None:
         """What may have been dropped, in these ranges, was written again; it may be of before the write dropped."""
         self._unmended.discard(disk)
-        self.touched[disk].note_dropped(False)
+        self.touched[disk].note_dropped(self.disks[disk].dropped)  # again, should a flush have failed meanwhile
         for offset, length in ranges:
             self.distrust(disk, offset, length)
         self.declare()

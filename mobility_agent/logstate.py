@@ -51,6 +51,7 @@ class LogState:
         self._page = mmap.mmap(self._fd, _PAGE)
         self.reserved_sequence = self.anew_sequence = self.retired_sequence = 0
         self.gap_open, self.clean, self.boot_id = False, False, bytes(16)
+        self.was_clean = False  # when it was written last; known once it has begun
         self.same_boot = False  # as when it was written last; known once it has begun
         if not self.is_new:
             self._load(path)
@@ -71,7 +72,11 @@ class LogState:
         began = next_sequence > self.anew_sequence  # else the process died before it could say so
         sound = found.damaged_from is None
         past = Past.UNKNOWN
-        whole = same_boot or (self.clean and found.next_sequence >= self.retired_sequence)
+        # What was retired rests on the log's having been durable up to there: pages that the kernel could not write it
+        # may have dropped, and read anew from the disk, without any restart.
+        is_whole = same_boot or self.clean
+        reached = next_sequence if same_boot else found.next_sequence
+        whole = is_whole and reached >= self.retired_sequence
         if not self.is_new and sound and began and whole:
             past = Past.KNOWN
         elif not self.is_new and not same_boot and found.sound_until >= self.retired_sequence > 0:
@@ -83,6 +88,7 @@ class LogState:
         if past is Past.UNKNOWN:
             self.retired_sequence = 0  # the next power cut may come before everything dirty is marked durably
         self.reserved_sequence = max(self.reserved_sequence, frame.anew_after(next_sequence + frame.ANEW_STEP))
+        self.was_clean = self.clean
         self.boot_id, self.clean = boot_id, False
         self.gap_open = self.gap_open or past is not Past.KNOWN
         self.save(durable=True)

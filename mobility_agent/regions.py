@@ -51,6 +51,7 @@ class DirtyRegions:
                 self.mark_all()
             else:
                 self.mark(before, disk_bytes - before)
+            self.file.sync()  # before there is a header that vouches for them
             mapping[: len(head)] = head
             self.file.sync()
         self.file.store_again()  # a former process may have been killed over a sync that failed

@@ -7,12 +7,15 @@ Pure: the caller owns the memory, says what of it holds bytes, and does what the
                 damaged, or a later one               -> Drop with `resend`, and on to
     seeking     whatever is not the frame asked for   -> Drop
                 the frame asked for                   -> Begin, Accept, and back
+                one that may jump                     -> Part
 
 A frame whose header is sound is dropped by its length. Where not even the header is sound, the next header is searched
 for; TLS keeps accidents of the line out, so this happens only when the agent itself sends rubbish.
 
 A stream may *jump* to a later sequence only where it begins anew: the machine's change log was lost, or its tail in a
-power cut, and the first thing it says is a gap. Anything else that skips a sequence would be a silent hole.
+power cut, and the first thing it says is a gap. Anything else that skips a sequence would be a silent hole. While
+something is sought nobody can tell the answer to it from what was under way behind it: a jump would skip what the agent
+is about to send again. A new conversation has no such doubt, so this one ends.
 """
 
 from __future__ import annotations
@@ -53,7 +56,15 @@ class Wait:
     count: int
 
 
-Step: TypeAlias = Begin | Accept | Drop | Wait
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Forget so many bytes, a frame that nobody may find again, and end the conversation (why, in words)."""
+
+    count: int
+    why: str
+
+
+Step: TypeAlias = Begin | Accept | Drop | Wait | Part
 _WAIT_HEADER: Final = Wait(frame.HEADER_BYTES)
 #: How far one step looks for the next header, so that rubbish made of false beginnings costs no more than any.
 _SEARCH_BYTES: Final = 4096
@@ -120,8 +131,11 @@ class Intake:
             found = frame.read_body(header, data, start)
         except CorruptionError as error:
             return self._unwanted(header, header.frame_bytes, error.message, again=self._is_repeat(header))
-        if header.first_sequence != self.next_sequence and not may_jump(header, found.table, self.next_sequence):
-            return self._unwanted(header, header.frame_bytes, self._disorder(header), again=self._is_repeat(header))
+        if header.first_sequence != self.next_sequence:
+            if not may_jump(header, found.table, self.next_sequence):
+                return self._unwanted(header, header.frame_bytes, self._disorder(header), again=self._is_repeat(header))
+            if self.is_seeking:
+                return Part(header.frame_bytes, f"the stream begins anew while sequence {self.next_sequence} is sought")
         self.is_seeking = False
         self.next_sequence = header.next_sequence
         return Accept(header)

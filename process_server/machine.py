@@ -207,6 +207,7 @@ class Machine:
                     self._let_go()
                 except ReplicarError as error:
                     self.state, self.error = MachineState.WAITING, error
+                _end_if_cancelled()
                 if self.workshop.clock.monotonic() - began > LONGEST_REOPEN_SECONDS:
                     pause = self.workshop.tuning.reopen_seconds  # it went well for a while
                 await self.workshop.clock.sleep(pause)
@@ -386,6 +387,13 @@ class Machine:
         for index, _ in self._leftovers:
             self.workshop.slots.release_index(index)
         self._leftovers = []
+
+
+def _end_if_cancelled() -> None:
+    """A task group that is ending over an error forgets that its task was cancelled meanwhile (until Python 3.13)."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _further(one: Stored, other: Stored) -> Stored:

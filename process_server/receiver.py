@@ -32,11 +32,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, Protocol
 
-from process_server.intake import Accept, Begin, Drop, Intake, Wait
+from process_server.intake import Accept, Begin, Drop, Intake, Part, Wait
 from process_server.machine import Machine
 from process_server.slots import Slots
 from process_server.stream import Slot, Stream
-from replicar.errors import CorruptionError, ReplicarError
+from replicar.errors import CorruptionError, ReplicarError, TransientError
+from replicar.formats import frame
 from replicar.formats.frame import first_time_ns
 from replicar.formats.wire import Message, Resend
 
@@ -214,6 +215,12 @@ class Receiver:
                 self._note(step)
             elif isinstance(step, Wait):
                 self._needed = step.count
+            elif isinstance(step, Part):
+                # It lies right behind what is parsed, in a page that is written whole: a next life may not take it up.
+                assert slot.buffer is not None
+                slot.buffer[at : at + len(frame.MAGIC)] = bytes(len(frame.MAGIC))
+                at += step.count
+                self._part(step.why)
             if self._is_closed:
                 break
         if not self._is_blocked and not self._is_closed:
@@ -267,6 +274,11 @@ class Receiver:
                 hint="look at the agent's log; `mobility-agent status` shows what its change log holds",
             )
         )
+
+    def _part(self, why: str) -> None:
+        name = self._machine.assignment.name
+        hint = "nothing to do: the agent connects again, and sends it in order"
+        self._line.refuse(TransientError(f"machine {name}: {why}", hint=hint))
 
     def _due(self) -> int:
         return max(self._intake.next_sequence, self._wanted)

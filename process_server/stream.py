@@ -106,6 +106,7 @@ class Commit:
 
     ranges: tuple[tuple[Slot, int, int, int], ...]  # slot, first page's offset, end of the last page, parsed bytes
     last_sequence: int
+    cuts: int  # how often the stream had been cut back when it began
 
 
 class Stream:
@@ -126,6 +127,7 @@ class Stream:
         self._dirty: dict[Slot, None] = {}  # those with bytes that no commit has taken yet
         self._durable_sequence = stored_sequence
         self._cutting = cutting
+        self._cuts = 0
         self._growing: Segment | None = None
         self._ready: deque[Segment] = deque()
         self._in_flight: deque[Segment] = deque()
@@ -216,14 +218,14 @@ class Stream:
                 slot.pins += 1
                 ranges.append((slot, page_floor(slot.durable), page_ceiling(slot.parsed), slot.parsed))
         self._dirty.clear()
-        return Commit(tuple(ranges), self.next_sequence - 1)
+        return Commit(tuple(ranges), self.next_sequence - 1, self._cuts)
 
     def end_commit(self, commit: Commit) -> None:
         """The ranges of `commit` are durable."""
         for slot, _, _, parsed in commit.ranges:
             slot.pins -= 1
             slot.durable, slot.headed = parsed, True
-        if commit.last_sequence < self.next_sequence:  # else the stream was cut back meanwhile
+        if commit.cuts == self._cuts:  # else what was made durable may have been cut off, and come again since
             self._durable_sequence = commit.last_sequence
 
     # --- storage ---
@@ -312,6 +314,7 @@ class Stream:
         Nothing may be under way (see `restart`). Returns the slots whose state changed.
         """
         assert not self._in_flight
+        self._cuts += 1
         closed = self.close()  # it may hold no whole frame, and then nothing else would let go of it
         kept: list[Segment] = []
         dropped: list[Segment] = []

@@ -22,7 +22,7 @@ from recovery.history import Place
 from recovery.index import State
 from recovery.retention import Pin
 from replicar.clock import Clock
-from replicar.errors import PermanentError, ReplicarError, TransientError
+from replicar.errors import PermanentError, ReplicarError
 from replicar.formats import indexblob
 from replicar.log.index import open_index
 from replicar.storage.store import PAGE_BYTES, PageBlobStore
@@ -98,7 +98,7 @@ async def holding(
     async def renew() -> None:
         while True:
             await clock.sleep(LIFE_SECONDS / 3)
-            with suppress(TransientError):  # two more are due before the pin ends
+            with suppress(ReplicarError):  # it may pass, whatever it is: two more are due before the pin ends
                 await held.renew()
 
     renewing = asyncio.create_task(renew())

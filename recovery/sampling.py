@@ -4,6 +4,9 @@ What a full verification costs is reading everything. Here each segment belongs,
 of as many parts as the share asks for, and a *turn* takes one part: so a verification every day with a share of 5 % has
 seen all of the log in 20 days, whatever was added meanwhile, and needs to remember nothing.
 
+Of a log that was folded this is so from the floor on; what the floor and the kept states need is checked, all of it, in
+the first turn.
+
 Of every segment are checked: its place, its table's seal, and that it follows the one before. Of those in the turn's
 part also: every chunk, every frame, every record. Audits are not compared: each would need data of other parts.
 
@@ -19,12 +22,14 @@ from typing import Final
 import xxhash
 
 from recovery.chunks import MachineLog
+from recovery.keeping import check_kept, floor_of
 from recovery.records import parse_records
 from recovery.scan import Problem
 from recovery.verify import Report, Verified, nothing_there
 from replicar.errors import CorruptionError
 from replicar.formats import segment
-from replicar.log.reader import LogReader, Segment
+from replicar.log.index import open_index
+from replicar.log.reader import LogReader, Segment, Start
 
 #: Segments whose data is fetched and opened at once; each takes up to 12 MiB meanwhile.
 AHEAD: Final = 4
@@ -69,8 +74,10 @@ async def verify_share(
                 report.add(Problem(error.message, found.number, found.blob, found.offset))
             opening.popleft()
 
+    start: Start | None = None
     try:
-        async for found in reader.segments(stored_number=stored_number, stored_digest=stored_digest):
+        start = await _begin(log, report, checks_kept=turn % parts == 0)
+        async for found in reader.segments(after=start, stored_number=stored_number, stored_digest=stored_digest):
             _count(report, found)
             if part_of(log, found.number, parts) == turn % parts:
                 report.opened += 1
@@ -87,11 +94,30 @@ async def verify_share(
         for _, task in opening:
             task.cancel()
         await asyncio.gather(*(task for _, task in opening), return_exceptions=True)
-    if not report.segments and report.is_sound:
+    if not report.segments and report.is_sound and start is None:
         raise nothing_there(log)
     if report.is_sound and reader.tail.damaged:
         report.note = f"behind segment {reader.tail.number}: {reader.tail.reason}"
     return report
+
+
+async def _begin(log: MachineLog, report: Report, *, checks_kept: bool) -> Start | None:
+    """Where a log that was folded goes on; None for one that was not.
+
+    Raises:
+        CorruptionError: its floor is damaged.
+    """
+    known = await open_index(log.store, log.machine_id, log.keys)
+    if known.fold.floor is None:
+        return None
+    start = (await floor_of(log, known)).start
+    report.first_sequence, report.last_sequence = start.tail.sequence, start.tail.sequence
+    report.last_number = start.tail.number
+    if checks_kept:
+        report.kept_points, report.kept_chunks, problems = await check_kept(log, known)
+        for problem in problems:
+            report.add(problem)
+    return start
 
 
 def _count(report: Report, found: Segment) -> None:

@@ -1,9 +1,10 @@
 """One page blob that is rewritten in place, by one writer at a time, whatever late requests may still arrive.
 
 After a time-out a write may land later, over newer bytes. So every write here asks that the blob's sequence number be
-what this writer last raised it to; after an outcome that nobody knows the number is raised before anything else is
-written, and the late one is refused by the store. A new writer takes the lease from the old one and raises the number:
-from then on the old one is refused, with whatever it still had under way.
+what this writer last raised it to. After an outcome that nobody knows (of a write that was cancelled, too) the number
+is raised before anything else is written, whoever writes next, and the late one is refused by the store. A new writer
+takes the lease from the old one and raises the number: from then on the old one is refused, with whatever it still had
+under way.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class FencedBlob:
         self.name = name
         self._store, self._lease_id, self._number = store, lease_id, number
         self._raising = asyncio.Lock()
+        self._is_doubtful = False  # a write may still land
 
     @classmethod
     async def take(cls, store: PageBlobStore, name: str) -> Self:
@@ -40,6 +42,7 @@ class FencedBlob:
     async def put(self, offset: int, data: Pages) -> None:
         """Write pages; when this returns they are there, and no earlier write of ours can come over them."""
         for attempt in range(TRIES):
+            await self._settle()
             number, last = self._number, attempt == TRIES - 1
             try:
                 await self._store.put_pages(
@@ -51,11 +54,21 @@ class FencedBlob:
                     if self._number == number or last:
                         raise
             except TransientError as error:
-                if outcome_is_certain(error) or last:
+                if outcome_is_certain(error):
                     raise
-                async with self._raising:
-                    if self._number == number:
-                        self._number = await self._store.bump_sequence_number(self.name, lease_id=self._lease_id)
+                self._is_doubtful = True
+                if last:
+                    raise
+            except asyncio.CancelledError:
+                self._is_doubtful = True
+                raise
+
+    async def _settle(self) -> None:
+        """Raise the number if a write may still land."""
+        async with self._raising:
+            if self._is_doubtful:
+                self._number = await self._store.bump_sequence_number(self.name, lease_id=self._lease_id)
+                self._is_doubtful = False
 
     async def release(self) -> None:
         """Let go of the blob: anybody may write to it, or import it, now."""

@@ -155,7 +155,7 @@ class WarmReplica:
         )
         await self._say(applying)
         if ranges is None:
-            await self._make_anew(state.disks)
+            await self._make_anew(state.disks, applying)
             # From here on a death costs no more than one part: where the log goes on is kept for the end.
             filling = dataclasses.replace(applying, start=following, filled={disk.index: 0 for disk in state.disks})
             await self._say(filling)
@@ -216,6 +216,8 @@ class WarmReplica:
             return 0  # given up by retention meanwhile; it is begun anew
         if state.disks != record.disks or not await self._take_disks(state.disks):
             return 0
+        # As in `keep_held`: whoever had replaced us before may have finished it, and gone on.
+        await self._say(record)
         return await self._fill(state, source, record)
 
     async def _fill(self, state: State, source: ChunkSource, record: ReplicaRecord) -> int:
@@ -253,7 +255,9 @@ class WarmReplica:
         last segment that the state has all of."""
         if base:
             try:
-                return await self._walked(start, base, state)
+                ranges, following = await self._walked(start, base, state)
+                if ranges is not None:
+                    return ranges, following
             except CorruptionError:
                 pass  # what was there then was folded meanwhile; if it is damage, it is met below as well
         known = await open_index(self._log.store, self._log.machine_id, self._log.keys)
@@ -277,6 +281,8 @@ class WarmReplica:
             is_known = is_known and not bool(np.any(table["kind"] == Kind.DISK))
             for disk, (begin, end, *_) in painted(found, found.table.payload_places(), 0, len(table)):
                 parts.setdefault(disk, []).append((begin, end))
+        # A sweep leaves zeros where segments were, which look like the end of a log that is being written.
+        is_known = is_known and reader.tail.sequence >= state.place.sequence
         return ({disk: joined(of_disk) for disk, of_disk in parts.items()} if is_known else None), following
 
     async def _take_disks(self, disks: Sequence[Disk]) -> bool:
@@ -291,8 +297,8 @@ class WarmReplica:
             raise
         return True
 
-    async def _make_anew(self, disks: Sequence[Disk]) -> None:
-        """Blank blobs with footers, of the disks' sizes, instead of whatever there is."""
+    async def _make_anew(self, disks: Sequence[Disk], applying: ReplicaRecord) -> None:
+        """Blank blobs with footers, of the disks' sizes, instead of whatever there is. `applying` is what was said."""
         if read := {each.sequence for each in await points_kept(self._log, self._store)} & await pinned_sequences(
             self._log, self._clock
         ):
@@ -301,9 +307,11 @@ class WarmReplica:
                 hint="it goes on when that recovery has ended",
             )
         self._blobs.clear()
-        for info in await self._store.list(self._prefix):
-            if info.name.endswith(SUFFIX):
-                await (await FencedBlob.take(self._store, info.name)).delete()
+        old = [info.name for info in await self._store.list(self._prefix) if info.name.endswith(SUFFIX)]
+        taken = [await FencedBlob.take(self._store, name) for name in old]
+        await self._say(applying)  # as in `keep_held`: before anything of somebody newer is removed
+        for blob in taken:
+            await blob.delete()
         for disk in disks:
             size = vhd.virtual_bytes(disk.size_bytes)
             await self._create(self.blob_name(disk), size + vhd.FOOTER_BYTES)

@@ -180,7 +180,7 @@ class AzureBlobStore:
         if_sequence_number_lt: int | None = None,
     ) -> None:
         call = self._uplink.put_pages(name, offset, data, lease_id, if_sequence_number_lt)
-        reply = await self._ask("write pages", name, call)
+        reply = await self._ask("write pages", name, call, is_timed=True)
         if reply.status != 201:
             code = reply.headers.get("x-ms-error-code", "")
             where = {"doing": "write pages", "container": self._name, "blob": name}
@@ -313,10 +313,14 @@ class AzureBlobStore:
     async def release_lease(self, name: str, lease_id: str) -> None:
         await self._ask("release the lease", name, BlobLeaseClient(self._blob(name), lease_id=lease_id).release())
 
-    async def _ask(self, doing: str, name: str | None, call: Awaitable[_T]) -> _T:
-        """Await one request. The error is raised outside of the handler, so nothing of the library hangs on to it."""
+    async def _ask(self, doing: str, name: str | None, call: Awaitable[_T], *, is_timed: bool = False) -> _T:
+        """Await one request. The error is raised outside of the handler, so nothing of the library hangs on to it.
+
+        Args:
+            is_timed: it ends in time by itself.
+        """
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(None if is_timed else self._timeout):
                 return await call
         except (AzureError, aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             failure = self._failure(doing, name, error)

@@ -4,7 +4,7 @@ Microsoft's client takes about two milliseconds of Python for a request, whateve
 copies each byte three times more than a socket's does. With segments of 3 MiB that was a third of all that a process
 server spent. So the one request that carries the bytes goes its own way; every other one stays with the client.
 
-    asyncio side      a lane (of `MAX_LANES`), a connection (kept, or made here), the head, signed
+    asyncio side      a lane (see `lanes`), a connection (kept, or made here), the head, signed
     a lane's thread   all of `line`: TLS, the body, the answer
 
 What is promised: one call sends one request, at most once. A connection that never came to be is `NotConnectedError`,
@@ -27,6 +27,7 @@ from contextlib import suppress
 from typing import Final
 from urllib.parse import quote, urlsplit
 
+from replicar.storage.lanes import Lanes
 from replicar.storage.line import Line
 from replicar.storage.reply import Reply
 from replicar.storage.route import STRAIGHT, Route
@@ -52,7 +53,7 @@ class Uplink:
         trust: None for plain HTTP.
         version: of the service's interface.
         route: how connections are made.
-        request_seconds: when a request is given up.
+        request_seconds: when a request is given up, from its first byte on; waiting for a lane is not counted.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Uplink:
         self._signer, self._version, self._route = signer, version, route
         self._trust = (trust or ssl.create_default_context()) if self._is_tls else None
         self._seconds, self._now = request_seconds, now
-        self._lanes = asyncio.Semaphore(MAX_LANES)
+        self._lanes = Lanes(MAX_LANES)
         self._threads = ThreadPoolExecutor(MAX_LANES, thread_name_prefix="upload")
         self._idle: list[Line] = []  # the one used last is the last
         self._is_closed = False
@@ -89,14 +90,19 @@ class Uplink:
             NotConnectedError: nothing was sent.
             OSError: there was no answer. `ssl.SSLCertVerificationError` for a service that is not to be trusted.
         """
-        async with self._lanes:
+        async with self._lanes.one():
             head = await self._head(name, offset, len(data), lease_id, if_sequence_number_lt)
             line = self._kept() or await self._connected()
             try:
                 reply = await self._in_thread(line, head, data)
+            except TimeoutError:
+                self._lanes.timed_out()
+                line.close()
+                raise
             except BaseException:
                 line.close()
                 raise
+            self._lanes.answered()
             self._keep(line, reply)
             return reply
 

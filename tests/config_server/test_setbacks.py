@@ -35,9 +35,9 @@ async def claimed(worker: Script, instance: str = "one") -> bool:
     return task.machine is not None
 
 
-async def folded(cast: Cast, worker: Script) -> None:
+async def folded(cast: Cast, worker: Script, again_seconds: float = FOLD_SECONDS) -> None:
     assert await claimed(worker)
-    report = UpkeepReport(kind=UpkeepKind.FOLD, instance="one", machine_id=cast.machine_id, again_seconds=FOLD_SECONDS)
+    report = UpkeepReport(kind=UpkeepKind.FOLD, instance="one", machine_id=cast.machine_id, again_seconds=again_seconds)
     await worker.client.report_upkeep(report)
 
 
@@ -51,6 +51,15 @@ async def test_upkeep_is_due_as_soon_as_it_would_have_been(protected: Cast, hand
     await rounds.go()
     assert not await claimed(hands), "it was just done"
     clock.move(seconds=FOLD_SECONDS + 1)
+    assert await claimed(hands)
+
+
+async def test_what_is_due_soon_does_not_wait_for_a_leases_time_that_nobody_has(protected: Cast, hands: Script) -> None:
+    rounds, clock = protected.house.server.rounds(), protected.house.clock
+    await folded(protected, hands, again_seconds=8.0)
+    clock.move(days=-AHEAD_DAYS)
+    await rounds.go()
+    clock.move(seconds=9.0)
     assert await claimed(hands)
 
 

@@ -311,6 +311,28 @@ async def test_a_log_that_comes_back_shorter_than_it_was_closed_is_not_believed(
     log.abandon()
 
 
+async def test_a_log_that_is_shorter_than_what_was_retired_is_not_believed_on_the_same_boot_either(
+    tmp_path: Path,
+) -> None:
+    """A sync failed, the kernel dropped its pages, the next one succeeded, and later they were read anew."""
+    log = open_log(tmp_path)
+    for number in range(4):
+        log.append_copy(Kind.WRITE, 0, number * 4096, 4096, bytes([number]) * 4096)
+    await log.sync()
+    [path] = tmp_path.glob("*.hrl")
+    medium = path.read_bytes()
+    for number in range(4, 8):
+        log.append_copy(Kind.WRITE, 0, number * 4096, 4096, bytes([number]) * 4096)
+    log.state.retired_sequence = given = log.next_sequence
+    log.state.save(durable=True)
+    log.abandon()
+    path.write_bytes(medium)
+    log = open_log(tmp_path)
+    assert log.past is Past.UNKNOWN
+    assert log.next_sequence > given
+    log.abandon()
+
+
 def test_another_machines_log_is_refused(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     _mark(log, "a")

@@ -27,6 +27,32 @@ def test_only_what_was_added_is_dirty(tmp_path: Path) -> None:
         regions.close()
 
 
+def test_what_was_added_is_dirty_although_the_power_went_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header may reach the disk before the marks do, and nothing else says that they are missing."""
+    path = tmp_path / "r"
+    regions = DirtyRegions(path, 8 * MIB)
+    regions.clear(0, 8 * MIB)
+    regions.close()
+    durable, cut, sync = [path.read_bytes()], list[bytes](), os.fdatasync
+
+    def note(fd: int) -> None:
+        now = path.read_bytes()
+        cut.append(now[:4096] + durable[-1][4096:].ljust(len(now) - 4096, b"\0"))  # all that was not synced before it
+        sync(fd)
+        durable.append(now)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", note)
+        DirtyRegions(path, 16 * MIB).close()
+    for number, left in enumerate(cut):
+        (tmp_path / f"cut-{number}").write_bytes(left)
+        regions = DirtyRegions(tmp_path / f"cut-{number}", 16 * MIB)
+        assert set(range(8, 16)) <= set(regions.dirty().tolist()), number
+        regions.close()
+
+
 def test_a_smaller_disk_is_another_one(tmp_path: Path) -> None:
     regions = DirtyRegions(tmp_path / "r", 8 * MIB)
     regions.clear(0, 8 * MIB)

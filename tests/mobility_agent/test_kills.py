@@ -107,6 +107,22 @@ async def test_two_hundred_kills(tmp_path: Path, seed: int) -> None:
     await _killed(tmp_path, seed)
 
 
+async def test_a_disk_that_was_used_after_a_clean_stop_is_left_as_it_is(tmp_path: Path) -> None:
+    async with agent_core(tmp_path) as core:
+        seeding = asyncio.create_task(core.seeder.run())
+        while core.ladder.in_gap:
+            await asyncio.sleep(0.01)
+        seeding.cancel()
+        await asyncio.gather(seeding, return_exceptions=True)
+        async with await NbdClient.connect(core.socket) as client:
+            await client.write(4096, b"A" * 4096)
+    with (tmp_path / "disk.img").open("r+b") as disk:
+        disk.seek(4096)
+        disk.write(b"B" * 4096)
+    async with agent_core(tmp_path, boot_id=b"later".ljust(16)) as core:
+        assert core.disk.path.read_bytes()[4096:8192] == b"B" * 4096
+
+
 async def test_what_was_written_while_the_log_was_full_is_not_undone_by_the_start_after_a_kill(tmp_path: Path) -> None:
     running, left = tmp_path / "running", tmp_path / "left"
     running.mkdir()

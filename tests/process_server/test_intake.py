@@ -7,7 +7,7 @@ import uuid
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from process_server.intake import Accept, Begin, Drop, Intake, Wait
+from process_server.intake import Accept, Begin, Drop, Intake, Part, Wait
 from replicar.formats import frame
 from replicar.formats.frame import Kind
 from replicar.formats.record import Mark, pack_record
@@ -24,6 +24,7 @@ class Reader:
         self.data = bytearray()
         self.accepted: list[bytes] = []
         self.resends: list[str] = []
+        self.parted = ""
         self._needed = 1
 
     def feed(self, data: bytes) -> None:
@@ -41,6 +42,9 @@ class Reader:
             elif isinstance(step, Wait):
                 assert step.count > len(self.data)
                 self._needed = step.count
+            elif isinstance(step, Part):
+                self.parted = step.why
+                del self.data[: step.count]
             else:
                 assert isinstance(step, Begin)
 
@@ -134,6 +138,21 @@ def test_a_jump_needs_a_gap_that_begins() -> None:
         reader.feed(data)
         assert bool(reader.accepted) is taken
         assert bool(reader.resends) is not taken
+
+
+def test_nothing_is_jumped_over_that_was_asked_for_again() -> None:
+    frames, later = stream(4), (1 << 32) + 1
+    hurt = bytearray(frames[1])
+    hurt[-1] ^= 1
+    reader = Reader()
+    reader.feed(frames[0] + hurt + frames[2] + frames[3] + opening_frame(MACHINE, later))
+    assert len(reader.resends) == 1
+    assert reader.accepted == frames[:1]
+    assert "anew while sequence 2 is sought" in reader.parted
+    again = Reader(reader.intake.next_sequence)  # the agent connects again, and sends in order
+    again.feed(b"".join(frames[1:]) + opening_frame(MACHINE, later))
+    assert again.accepted == [*frames[1:], opening_frame(MACHINE, later)]
+    assert not again.parted
 
 
 def test_a_log_begins_anew_with_its_disks_and_a_gap_and_with_nothing_else() -> None:

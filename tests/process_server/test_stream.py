@@ -223,6 +223,24 @@ def test_damage_in_the_cache_takes_back_what_lies_behind_it_and_no_more() -> Non
     assert stream.pending_bytes == 0
 
 
+def test_a_commit_from_before_the_stream_was_cut_back_makes_nothing_durable_that_came_again() -> None:
+    feeder = Feeder(stream := Stream(MACHINE, 0, Cutting(in_flight=1)))
+    feeder.frame(1 << 20, 50, 0.0)
+    stream.close()
+    stream.end_commit(stream.begin_commit())
+    [first] = stream.tick(10.0)
+    feeder.frame(1 << 20, 50, 0.0)
+    hanging = stream.begin_commit()
+    stream.restart(0)
+    stream.truncate(first)
+    for _ in range(3):
+        feeder.frame(1 << 20, 50, 0.0)
+    stream.end_commit(hanging)
+    assert stream.received_sequence == 0
+    stream.end_commit(stream.begin_commit())
+    assert stream.received_sequence == 150
+
+
 def test_damage_in_the_cache_lets_go_of_a_slot_that_holds_half_a_frame_and_no_other() -> None:
     stream = Stream(MACHINE, 0, CUTTING)
     feeder = Feeder(stream)

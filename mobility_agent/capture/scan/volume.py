@@ -52,7 +52,9 @@ class FileVolume:
         self.path, self.size_bytes = path, size_bytes
         try:
             is_device = stat.S_ISBLK(os.stat(path).st_mode)
-            direct = getattr(os, "O_DIRECT", 0) if is_device and size_bytes % ALIGNMENT == 0 else 0
+            # Always past the page cache, which does not see what a file system writes: a device of an odd size has
+            # blocks of 512 bytes, and its last piece is whole ones of them.
+            direct = getattr(os, "O_DIRECT", 0) if is_device else 0
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | direct)
         except OSError as error:
             raise PermanentError(

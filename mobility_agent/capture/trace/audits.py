@@ -153,9 +153,9 @@ class PointAuditor(Auditor):
         assert following is not None
         await self._pace(length)
         async with following.turn:
+            following.drain()  # which may be what notices a loss
             if not self._can_go_on() or not disk.completeness.is_begun:
                 return None
-            following.drain()
             expected = disk.extents.expect(offset, length)
             if expected is None:
                 self._again.append((disk, offset, length))

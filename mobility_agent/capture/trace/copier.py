@@ -67,6 +67,8 @@ class Copier:
         for disk in self._disks:
             while copied < limit_bytes and disk.completeness.is_begun:
                 await self._wait_for_room()
+                if not self._may_take(disk):
+                    break
                 taken = disk.extents.take(BATCH_BYTES)
                 if not taken.offsets.size or not await self._copy(disk, taken):
                     break
@@ -74,6 +76,11 @@ class Copier:
                 if not urgent:
                     await self._pace(taken.byte_count)
         return copied
+
+    @staticmethod
+    def _may_take(disk: TrackedDisk) -> bool:
+        """Asked in the step that takes: once a loss has come to light, nobody knows what is under way."""
+        return disk.completeness.is_begun
 
     async def touch(self, disk: TrackedDisk, taken: Iterable[tuple[int, int]]) -> None:
         """Have these ranges recorded as touched, as whatever changes a digest has to be."""
