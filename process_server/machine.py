@@ -26,7 +26,7 @@ from process_server.cache import CacheFile, SlotHeader
 from process_server.commit import Committer
 from process_server.health import Counters, MachineHealth, Tallies, error_data, rpo_seconds
 from process_server.logwriter import Claim, LogLimits, LogWriter, Writer, lease_lost
-from process_server.pipeline import CacheDamage, Pipeline
+from process_server.pipeline import CacheDamage, Pipeline, end_if_cancelled
 from process_server.recovery import take_up
 from process_server.sealer import DEFAULT_UPLOADS, SEALED_AHEAD, Sealer
 from process_server.slots import Slots
@@ -207,7 +207,7 @@ class Machine:
                     self._let_go()
                 except ReplicarError as error:
                     self.state, self.error = MachineState.WAITING, error
-                _end_if_cancelled()
+                end_if_cancelled()
                 if self.workshop.clock.monotonic() - began > LONGEST_REOPEN_SECONDS:
                     pause = self.workshop.tuning.reopen_seconds  # it went well for a while
                 await self.workshop.clock.sleep(pause)
@@ -387,13 +387,6 @@ class Machine:
         for index, _ in self._leftovers:
             self.workshop.slots.release_index(index)
         self._leftovers = []
-
-
-def _end_if_cancelled() -> None:
-    """A task group that is ending over an error forgets that its task was cancelled meanwhile (until Python 3.13)."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 def _further(one: Stored, other: Stored) -> Stored:

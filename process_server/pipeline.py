@@ -263,3 +263,10 @@ def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
         leaves.append(first_error(each) if isinstance(each, BaseExceptionGroup) else each)
     strange = [each for each in leaves if not isinstance(each, ReplicarError | CacheDamage)]
     return (strange or leaves)[0]
+
+
+def end_if_cancelled() -> None:
+    """A task group that is ending over an error forgets that its task was cancelled meanwhile (until Python 3.13)."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -15,17 +15,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final
 
-import numpy as np
-
 from config_server.bells import Topic
 from mobility_agent import service
-from mobility_agent.allocation import asking, volumes
-from mobility_agent.capture.disk import Disk
+from mobility_agent.allocation import asking
 from mobility_agent.core import Core, open_core
 from replicar.control.client import ControlClient
 from replicar.control.identity import Identity
 from replicar.errors import ReplicarError
-from simulator import registered
+from simulator import free_space, registered
 from simulator.faults.catalogue import CATALOGUE, Fault
 from simulator.neighbour import Neighbour
 from simulator.story import DiskPlan, Story
@@ -359,16 +356,6 @@ class Stage:
         )
         self.truths[disk.name] = Truth(self.story.seed, content, self.world.loop.time, disk.free)
 
-    def _free_space(self, read: Callable[[int, int], bytes], size: int) -> volumes.FreeSpace:
-        """A stand-in for the parsers of file systems, of which there are none on the world's disks: as the story says.
-
-        Args:
-            read: of a disk, which is how it is known which one.
-        """
-        disk: Disk = getattr(read, "__self__")  # noqa: B009 - of a bound method
-        free = next(each.free for each in self.story.disks if each.name == disk.name)
-        return volumes.FreeSpace(np.array(free, np.int64).reshape(-1, 2), ())
-
     @asynccontextmanager
     async def observed(self, *args: Any, **options: Any) -> AsyncIterator[Core]:
         """`open_core`, with the stage looking on."""
@@ -399,6 +386,6 @@ class Stage:
     @contextmanager
     def standing(self) -> Iterator[None]:
         """While the story is told."""
-        asked = (asking, "free_space", self._free_space)
+        asked = (asking, "free_space", free_space.said_by(self.story))
         with replaced((service, "open_core", self.observed), asked, *folder.SPANS):
             yield
