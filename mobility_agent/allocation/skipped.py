@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -49,14 +49,6 @@ _HEADER = struct.Struct("<8sQQ")
 _ALL: Final = 0xFF
 #: How many bits are set in a byte.
 _ONES: Final = np.unpackbits(np.arange(256, dtype=np.uint8).reshape(-1, 1), axis=1).sum(axis=1, dtype=np.uint8)
-
-
-class _View(NamedTuple):
-    """A copy of a part of the map: which of its bytes it begins with, their bits, and of these the pages asked for."""
-
-    at: int
-    bits: npt.NDArray[np.uint8]
-    pages: npt.NDArray[np.uint8]
 
 
 class SkippedPages:
@@ -178,7 +170,7 @@ class SkippedPages:
 
         Call in the step that puts the content into the log, behind `log.seal`: a write shows with its frame.
         """
-        pages = np.pad(self._view(offset, len(content)).pages, 1)
+        pages = np.pad(self._bits(offset, len(content)), 1)
         edges = np.flatnonzero(pages[1:] != pages[:-1])
         target, before = np.frombuffer(content, np.uint8), offset % PAGE_BYTES
         for start, stop in (edges.reshape(-1, 2) * PAGE_BYTES).tolist():
@@ -187,20 +179,20 @@ class SkippedPages:
 
     def has_all(self, offset: int, length: int) -> bool:
         """Whether the whole of a range is left out."""
-        return bool(self._view(offset, length).pages.all())
+        return bool(self._bits(offset, length).all())
 
     def differs(self, offset: int, length: int) -> bool:
         """Whether any of a range is left out, or dirty."""
         size = self._regions.region_bytes
-        return bool(self._view(offset, length).pages.any()) or self._regions.is_dirty(
+        return bool(self._bits(offset, length).any()) or self._regions.is_dirty(
             offset // size, -(-(offset + length) // size)
         )
 
-    def _view(self, offset: int, length: int) -> _View:
+    def _bits(self, offset: int, length: int) -> npt.NDArray[np.uint8]:
+        """Whether each page that a range touches is left out: 1 or 0 (shape (pages,))."""
         first, end = offset // PAGE_BYTES, -(-(offset + length) // PAGE_BYTES)
         at = first // 8
-        bits = np.unpackbits(self._map[at : -(-end // 8)], bitorder="little")
-        return _View(at, bits, bits[first - 8 * at : end - 8 * at])
+        return np.unpackbits(self._map[at : -(-end // 8)], bitorder="little")[first - 8 * at : end - 8 * at]
 
     def close(self) -> None:
         """Durably; before its regions are closed."""

@@ -56,12 +56,16 @@ class FencedBlob:
             except TransientError as error:
                 if outcome_is_certain(error):
                     raise
-                self._is_doubtful = True
+                self._doubt(number)
                 if last:
                     raise
             except asyncio.CancelledError:
-                self._is_doubtful = True
+                self._doubt(number)
                 raise
+
+    def _doubt(self, number: int) -> None:
+        """A write under `number` may still land, unless the number was raised meanwhile."""
+        self._is_doubtful |= self._number == number
 
     async def _settle(self) -> None:
         """Raise the number if a write may still land."""

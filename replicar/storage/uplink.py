@@ -91,7 +91,8 @@ class Uplink:
             OSError: there was no answer. `ssl.SSLCertVerificationError` for a service that is not to be trusted.
         """
         async with self._lanes.one():
-            head = await self._head(name, offset, len(data), lease_id, if_sequence_number_lt)
+            async with asyncio.timeout(self._seconds):  # it may have to ask for a token
+                head = await self._head(name, offset, len(data), lease_id, if_sequence_number_lt)
             line = self._kept() or await self._connected()
             try:
                 reply = await self._in_thread(line, head, data)

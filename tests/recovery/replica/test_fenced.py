@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -23,19 +24,11 @@ class Late(MemoryStore):
         self.is_away = False
         self.late: list[Callable[[], Awaitable[None]]] = []
 
-    async def put_pages(
-        self,
-        name: str,
-        offset: int,
-        data: Pages,
-        *,
-        lease_id: str | None = None,
-        if_sequence_number_lt: int | None = None,
-    ) -> None:
+    async def put_pages(self, name: str, offset: int, data: Pages, **options: Any) -> None:
         content, write = bytes(data), super().put_pages
 
         async def land() -> None:
-            await write(name, offset, content, lease_id=lease_id, if_sequence_number_lt=if_sequence_number_lt)
+            await write(name, offset, content, **options)
 
         if self.is_away:
             self.late.append(land)
